@@ -1,0 +1,234 @@
+"""The privacy ledger: every noisy release this hospital ever made, durable and composed together.
+
+Protocol of one release, and why no crash can break it:
+
+1. ``reserve`` writes what is about to run, with a fresh secret key, and waits for the disk. From here on the
+   release counts as spent, whatever happens.
+2. Training draws its patients and its noise from that key alone. A crash and a second attempt at the same
+   request repeat the very same computation, so two attempts reveal no more than one.
+3. ``commit`` stores the reply and erases the key, in one transaction. Only a committed reply may leave.
+4. The same request again gets the stored reply; a different request under the same run and round is refused:
+   the same noise on other weights could be subtracted away.
+
+All releases compose, whatever store, task or run they belong to: a patient may be in any of them.
+"""
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from shared.accounting import Mechanism, epsilon_of
+from shared.errors import ErrorCode, ProtocolError, StorageError
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS releases (
+    id INTEGER PRIMARY KEY,
+    run TEXT NOT NULL,
+    round INTEGER NOT NULL,
+    task TEXT NOT NULL,
+    store_digest TEXT NOT NULL,
+    plan_digest TEXT NOT NULL,
+    request_digest TEXT NOT NULL,
+    sample_rate REAL NOT NULL,
+    noise_multiplier REAL NOT NULL,
+    steps INTEGER NOT NULL,
+    reserved_at TEXT NOT NULL,
+    committed_at TEXT,
+    key BLOB,
+    reply BLOB,
+    UNIQUE (run, round)
+) STRICT
+"""
+_BUSY_S = 30.0
+
+
+@dataclass(frozen=True)
+class ReleaseRequest:
+    """What a hospital is about to release.
+
+    Attributes:
+        digest: Names everything the answer depends on, incoming weights included.
+    """
+
+    run: str
+    round: int
+    task: str
+    store_digest: str
+    plan_digest: str
+    digest: str
+    mechanism: Mechanism
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """A durable permission for one release.
+
+    Attributes:
+        key: Secret from which sampling and noise derive; ``None`` once committed.
+        reply: The committed reply, if the release was already made.
+    """
+
+    release_id: int
+    key: bytes | None
+    reply: bytes | None
+
+
+@dataclass(frozen=True)
+class Release:
+    """One row of the ledger, as a steward reads it."""
+
+    run: str
+    round: int
+    task: str
+    mechanism: Mechanism
+    reserved_at: str
+    committed_at: str | None
+
+
+class Ledger:
+    """The ledger in one SQLite file. Every method opens its own connection, so processes may share it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with self._transaction() as database:
+            database.execute(_SCHEMA)
+
+    def reserve(
+        self,
+        request: ReleaseRequest,
+        key: bytes,
+        check: Callable[[tuple[Mechanism, ...]], None],
+    ) -> Reservation:
+        """Reserve a release durably, or find the one already made for the same request.
+
+        Args:
+            request: The release.
+            key: Fresh secret to keep if this is a new release.
+            check: Called with all earlier mechanisms, inside the transaction; raises to refuse.
+
+        Raises:
+            ProtocolError: ``replay-mismatch`` if the round was reserved for another request or its reply is
+                no longer kept; ``plan-changed`` if the run began under another plan.
+            StorageError: If the disk refuses.
+        """
+        with self._transaction() as database:
+            row = database.execute(
+                "SELECT id, request_digest, key, reply FROM releases WHERE run = ? AND round = ?",
+                (request.run, request.round),
+            ).fetchone()
+            if row:
+                return _existing(row, request)
+            self._refuse_changed_plan(database, request)
+            check(_mechanisms(database))
+            cursor = database.execute(
+                "INSERT INTO releases (run, round, task, store_digest, plan_digest, request_digest, sample_rate,"
+                " noise_multiplier, steps, reserved_at, key) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    request.run,
+                    request.round,
+                    request.task,
+                    request.store_digest,
+                    request.plan_digest,
+                    request.digest,
+                    request.mechanism.sample_rate,
+                    request.mechanism.noise_multiplier,
+                    request.mechanism.steps,
+                    _now(),
+                    key,
+                ),
+            )
+            return Reservation(int(cursor.lastrowid or 0), key, None)
+
+    def commit(self, reservation: Reservation, reply: bytes) -> None:
+        """Store the reply, erase the key and forget the replies of the run's earlier rounds, all or nothing.
+
+        Raises:
+            ProtocolError: If the reservation is not open.
+        """
+        with self._transaction() as database:
+            changed = database.execute(
+                "UPDATE releases SET reply = ?, key = NULL, committed_at = ?"
+                " WHERE id = ? AND committed_at IS NULL",
+                (reply, _now(), reservation.release_id),
+            ).rowcount
+            if changed != 1:
+                raise ProtocolError("This release was committed before.", ErrorCode.REPLAY_MISMATCH)
+            database.execute(
+                "UPDATE releases SET reply = NULL WHERE id != ?"
+                " AND run = (SELECT run FROM releases WHERE id = ?) AND reply IS NOT NULL",
+                (reservation.release_id, reservation.release_id),
+            )
+
+    def mechanisms(self, *, except_run: str | None = None) -> tuple[Mechanism, ...]:
+        """Return every reserved or committed mechanism, without those of one run if it is named."""
+        with self._transaction() as database:
+            return _mechanisms(database, except_run)
+
+    def plan_of(self, run: str) -> str | None:
+        """Return the digest of the plan under which ``run`` began here."""
+        with self._transaction() as database:
+            row = database.execute(
+                "SELECT plan_digest FROM releases WHERE run = ? LIMIT 1", (run,)
+            ).fetchone()
+            return row[0] if row else None
+
+    def epsilon(self, delta: float) -> float:
+        """Return the epsilon at ``delta`` of everything reserved or committed."""
+        return epsilon_of(self.mechanisms(), delta)
+
+    def releases(self) -> tuple[Release, ...]:
+        """Return all releases in the order in which they were reserved."""
+        with self._transaction() as database:
+            rows = database.execute(
+                "SELECT run, round, task, sample_rate, noise_multiplier, steps, reserved_at, committed_at"
+                " FROM releases ORDER BY id"
+            ).fetchall()
+        return tuple(Release(r[0], r[1], r[2], Mechanism(r[3], r[4], r[5]), r[6], r[7]) for r in rows)
+
+    def _refuse_changed_plan(self, database: sqlite3.Connection, request: ReleaseRequest) -> None:
+        row = database.execute(
+            "SELECT 1 FROM releases WHERE run = ? AND plan_digest != ?", (request.run, request.plan_digest)
+        ).fetchone()
+        if row:
+            raise ProtocolError("This run began here under another plan.", ErrorCode.PLAN_CHANGED)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """One serialised, durable transaction: synchronous FULL makes COMMIT wait for the disk."""
+        try:
+            with closing(sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None)) as database:
+                database.execute("PRAGMA synchronous = FULL")
+                database.execute("PRAGMA secure_delete = ON")
+                database.execute("BEGIN IMMEDIATE")
+                try:
+                    yield database
+                except BaseException:
+                    database.execute("ROLLBACK")
+                    raise
+                database.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise StorageError(f"The privacy ledger {self._path.name} cannot be used: {error}.") from error
+
+
+def _existing(row: tuple[int, str, bytes | None, bytes | None], request: ReleaseRequest) -> Reservation:
+    release_id, digest, key, reply = row
+    if digest != request.digest:
+        raise ProtocolError("This round was reserved here for another request.", ErrorCode.REPLAY_MISMATCH)
+    if key is None and reply is None:
+        raise ProtocolError("This round's reply is no longer kept.", ErrorCode.REPLAY_MISMATCH)
+    return Reservation(release_id, key, reply)
+
+
+def _mechanisms(database: sqlite3.Connection, except_run: str | None = None) -> tuple[Mechanism, ...]:
+    rows = database.execute(
+        "SELECT sample_rate, noise_multiplier, steps FROM releases WHERE run IS NOT ? ORDER BY id",
+        (except_run,),
+    )
+    return tuple(Mechanism(*row) for row in rows)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,46 @@
+"""The hospital's decision on a plan: accepted, or refused with a code. Pure."""
+
+from client.config import SitePolicy
+from shared.accounting import Mechanism, epsilon_of
+from shared.errors import BudgetExceeded, PolicyError
+from shared.plan import RunPlan
+from shared.tasks.registry import find_task
+
+_ROUNDING = 1e-9
+
+
+def check_plan(plan: RunPlan, policy: SitePolicy) -> None:
+    """Check a plan against the hospital's rules, apart from the budget.
+
+    Raises:
+        PolicyError: Naming the rule.
+        PlanError: If the task does not exist here.
+    """
+    find_task(plan.task)
+    refusals = {
+        f"the task {plan.task} is not permitted here": plan.task not in policy.tasks,
+        f"its delta is above max-delta {policy.max_delta}": plan.delta > policy.max_delta,
+        f"its noise_multiplier is below {policy.min_noise_multiplier}": (
+            plan.noise_multiplier < policy.min_noise_multiplier
+        ),
+        f"its max_grad_norm is above {policy.max_grad_norm}": plan.max_grad_norm > policy.max_grad_norm,
+        f"its sample_rate is above {policy.max_sample_rate}": plan.sample_rate > policy.max_sample_rate,
+    }
+    if broken := [rule for rule, refused in refusals.items() if refused]:
+        raise PolicyError(f"The plan is refused: {'; '.join(broken)}. Change the plan or site.toml.")
+
+
+def check_budget(
+    earlier: tuple[Mechanism, ...], proposed: Mechanism, plan: RunPlan, policy: SitePolicy
+) -> None:
+    """Check that ``proposed`` after all ``earlier`` releases stays within the hospital's budget.
+
+    Raises:
+        BudgetExceeded: If it does not.
+    """
+    total = epsilon_of([*earlier, proposed], plan.delta)
+    if total > policy.max_epsilon + _ROUNDING:
+        raise BudgetExceeded(
+            f"Epsilon would reach {total:.3f} at delta {plan.delta:g}; site.toml permits {policy.max_epsilon:g}. "
+            "Fewer rounds, more noise or a larger max-epsilon would be needed."
+        )

@@ -1,0 +1,1 @@
+"""The aggregator: rounds, strategies, held-out evaluation, checkpoints, registry, report."""

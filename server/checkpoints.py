@@ -1,0 +1,95 @@
+"""Checkpoints of the global model: safetensors beside a JSON sidecar, atomic and durable.
+
+The sidecar is written after the weights and names their SHA-256, so a checkpoint exists once its sidecar does.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import nn
+
+from shared.errors import StorageError
+from shared.files import storage_errors, write_atomic
+
+_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A saved global model.
+
+    Attributes:
+        run: The run it belongs to.
+        round: Rounds aggregated so far.
+        task: What the model does.
+        plan_digest: Of the run's plan.
+        sha256: Of the weights file.
+        path: The weights file.
+    """
+
+    run: str
+    round: int
+    task: str
+    plan_digest: str
+    sha256: str
+    path: Path
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, *, run: str, round: int, task: str, plan_digest: str
+) -> Checkpoint:
+    """Write the model's state after ``round`` and forget all but the latest checkpoints.
+
+    Raises:
+        StorageError: If the folder cannot be written.
+    """
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
+    path = folder / f"round-{round:05d}.safetensors"
+    checkpoint = Checkpoint(run, round, task, plan_digest, hashlib.sha256(content).hexdigest(), path)
+    write_atomic(path, content)
+    sidecar = {**asdict(checkpoint), "path": path.name}
+    write_atomic(path.with_suffix(".json"), json.dumps(sidecar, indent=1, sort_keys=True).encode())
+    for old in sorted(folder.glob("round-*.json"))[:-_KEPT]:
+        old.unlink()
+        old.with_suffix(".safetensors").unlink(missing_ok=True)
+    return checkpoint
+
+
+def latest_checkpoint(folder: Path) -> Checkpoint | None:
+    """Return the newest complete checkpoint in ``folder``, or ``None``.
+
+    Raises:
+        StorageError: If a sidecar is damaged.
+    """
+    sidecars = sorted(folder.glob("round-*.json"))
+    if not sidecars:
+        return None
+    try:
+        values = json.loads(sidecars[-1].read_bytes())
+        return Checkpoint(**{**values, "path": folder / values["path"]})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise StorageError(f"The checkpoint description {sidecars[-1]} is damaged; remove it.") from error
+
+
+def load_weights(path: Path, model: nn.Module, sha256: str | None = None) -> str:
+    """Load a safetensors file into the model and return the file's SHA-256.
+
+    Raises:
+        StorageError: If the file is missing, damaged, not the expected one, or of another model.
+    """
+    with storage_errors(path):
+        content = path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if sha256 not in (None, digest):
+        raise StorageError(f"The checkpoint {path} was changed after it was written.")
+    try:
+        model.load_state_dict(load(content))
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise StorageError(f"{path} is not a checkpoint of this task's model.") from error
+    return digest

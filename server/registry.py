@@ -1,0 +1,216 @@
+"""The run registry: what was planned, who took part, what came of each round. The report reads only this."""
+
+import json
+import math
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.errors import StorageError
+from shared.metrics import Estimate
+from shared.plan import RunPlan
+from shared.tasks.base import Evaluation
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS runs (
+    run TEXT PRIMARY KEY, plan TEXT NOT NULL, status TEXT NOT NULL, failure TEXT
+) STRICT;
+CREATE TABLE IF NOT EXISTS sites (
+    run TEXT NOT NULL, site TEXT NOT NULL, declared_patients INTEGER, refused TEXT, PRIMARY KEY (run, site)
+) STRICT;
+CREATE TABLE IF NOT EXISTS rounds (
+    run TEXT NOT NULL, round INTEGER NOT NULL, seconds REAL NOT NULL, evaluation TEXT, PRIMARY KEY (run, round)
+) STRICT;
+CREATE TABLE IF NOT EXISTS replies (
+    run TEXT NOT NULL, round INTEGER NOT NULL, site TEXT NOT NULL, outcome TEXT NOT NULL,
+    PRIMARY KEY (run, round, site)
+) STRICT;
+CREATE TABLE IF NOT EXISTS notes (
+    run TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (run, name)
+) STRICT;
+"""
+OK, LATE = "ok", "late"
+RUNNING, COMPLETED, FAILED = "running", "completed", "failed"
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """A site as the server knows it; ``refused`` is the code of a refusal."""
+
+    site: str
+    declared_patients: int | None
+    refused: str | None
+
+
+@dataclass(frozen=True)
+class RoundRow:
+    """One aggregation; round 0 is the start. ``replies`` maps site to ``ok``, ``late`` or an error code."""
+
+    round: int
+    seconds: float
+    evaluation: Evaluation | None
+    replies: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything about one run."""
+
+    run: str
+    plan: RunPlan
+    status: str
+    failure: str | None
+    sites: tuple[SiteRow, ...]
+    rounds: tuple[RoundRow, ...]
+    notes: Mapping[str, Any]
+
+    @property
+    def rounds_completed(self) -> int:
+        """The number of aggregations."""
+        return self.rounds[-1].round if self.rounds else 0
+
+    def rounds_of(self, site: str, up_to: int | None = None) -> int:
+        """How many rounds the site must be taken to have spent: late replies count, refusals do not."""
+        last = self.rounds_completed if up_to is None else up_to
+        return sum(row.replies.get(site) in (OK, LATE) for row in self.rounds if row.round <= last)
+
+
+class Registry:
+    """The registry in one SQLite file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with self._transaction() as database:
+            for statement in filter(str.strip, _SCHEMA.split(";")):
+                database.execute(statement)
+
+    def begin(self, run: str, plan: RunPlan) -> None:
+        """Record that ``run`` starts or goes on."""
+        with self._transaction() as database:
+            database.execute(
+                "INSERT INTO runs (run, plan, status) VALUES (?, ?, ?)"
+                " ON CONFLICT (run) DO UPDATE SET status = excluded.status, failure = NULL",
+                (run, plan.to_json(), RUNNING),
+            )
+
+    def end(self, run: str, status: str, failure: str | None = None) -> None:
+        """Record how ``run`` ended."""
+        with self._transaction() as database:
+            database.execute("UPDATE runs SET status = ?, failure = ? WHERE run = ?", (status, failure, run))
+
+    def add_site(self, run: str, row: SiteRow) -> None:
+        """Record a site's answer to the plan."""
+        with self._transaction() as database:
+            database.execute(
+                "INSERT OR REPLACE INTO sites (run, site, declared_patients, refused) VALUES (?, ?, ?, ?)",
+                (run, row.site, row.declared_patients, row.refused),
+            )
+
+    def add_round(self, run: str, row: RoundRow) -> None:
+        """Record a round; a round that is done again after a crash replaces its first record."""
+        with self._transaction() as database:
+            database.execute(
+                "INSERT OR REPLACE INTO rounds (run, round, seconds, evaluation) VALUES (?, ?, ?, ?)",
+                (run, row.round, row.seconds, _dump(row.evaluation)),
+            )
+            database.execute("DELETE FROM replies WHERE run = ? AND round = ?", (run, row.round))
+            database.executemany(
+                "INSERT INTO replies (run, round, site, outcome) VALUES (?, ?, ?, ?)",
+                [(run, row.round, site, outcome) for site, outcome in row.replies.items()],
+            )
+
+    def add_note(self, run: str, name: str, value: Any) -> None:
+        """Attach a JSON value: baselines, timings, where the data came from."""
+        with self._transaction() as database:
+            database.execute(
+                "INSERT OR REPLACE INTO notes (run, name, value) VALUES (?, ?, ?)",
+                (run, name, json.dumps(finite(value), allow_nan=False)),
+            )
+
+    def read(self, run: str) -> RunRecord:
+        """Return all that is known of ``run``.
+
+        Raises:
+            StorageError: If there is no such run.
+        """
+        with self._transaction() as database:
+            head = database.execute("SELECT plan, status, failure FROM runs WHERE run = ?", (run,)).fetchone()
+            if head is None:
+                raise StorageError(f"The registry {self._path} holds no run called {run}.")
+            sites = database.execute(
+                "SELECT site, declared_patients, refused FROM sites WHERE run = ? ORDER BY site", (run,)
+            ).fetchall()
+            rounds = database.execute(
+                "SELECT round, seconds, evaluation FROM rounds WHERE run = ? ORDER BY round", (run,)
+            ).fetchall()
+            replies: dict[int, dict[str, str]] = {}
+            for number, site, outcome in database.execute(
+                "SELECT round, site, outcome FROM replies WHERE run = ? ORDER BY round, site", (run,)
+            ):
+                replies.setdefault(number, {})[site] = outcome
+            notes = database.execute("SELECT name, value FROM notes WHERE run = ?", (run,)).fetchall()
+        return RunRecord(
+            run=run,
+            plan=RunPlan.from_json(head[0]),
+            status=head[1],
+            failure=head[2],
+            sites=tuple(SiteRow(*row) for row in sites),
+            rounds=tuple(RoundRow(r[0], r[1], _parse(r[2]), replies.get(r[0], {})) for r in rounds),
+            notes={name: json.loads(value) for name, value in notes},
+        )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with closing(sqlite3.connect(self._path, timeout=30.0, isolation_level=None)) as database:
+                database.execute("PRAGMA synchronous = FULL")
+                database.execute("BEGIN IMMEDIATE")
+                try:
+                    yield database
+                except BaseException:
+                    database.execute("ROLLBACK")
+                    raise
+                database.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise StorageError(f"The run registry {self._path} cannot be used: {error}.") from error
+
+
+def finite(value: Any) -> Any:
+    """Return ``value`` as plain JSON: dataclasses as objects, what is not finite as ``null``."""
+    if isinstance(value, Estimate):
+        return finite(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _dump(evaluation: Evaluation | None) -> str | None:
+    if evaluation is None:
+        return None
+    parts = {"metrics": evaluation.metrics, "by_group": evaluation.by_group, "details": evaluation.details}
+    return json.dumps(finite(parts), allow_nan=False)
+
+
+def _parse(text: str | None) -> Evaluation | None:
+    if text is None:
+        return None
+    parts = json.loads(text)
+    metrics = {name: _metric(value) for name, value in parts["metrics"].items()}
+    groups = {
+        group: {name: math.nan if value is None else value for name, value in values.items()}
+        for group, values in parts["by_group"].items()
+    }
+    return Evaluation(metrics, groups, parts["details"])
+
+
+def _metric(value: Any) -> float | Estimate:
+    if isinstance(value, dict):
+        return Estimate(**{name: math.nan if part is None else part for name, part in value.items()})
+    return math.nan if value is None else float(value)

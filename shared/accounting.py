@@ -1,0 +1,112 @@
+"""Differential-privacy accounting: epsilon as a function of the plan alone.
+
+Every function here is pure. The mechanism is the Poisson-subsampled Gaussian; the neighbouring relation is
+adding or removing one patient with all of that patient's records; composition is tight, by the privacy loss
+distribution (PLD) accountant of Google's ``dp_accounting`` with its pessimistic estimate.
+
+References:
+    Koskela, Jälkö, Honkela, "Computing Tight Differential Privacy Guarantees Using FFT", AISTATS 2020.
+    Doroshenko et al., "Connect the Dots: Tighter Discrete Approximations of Privacy Loss Distributions",
+    PETS 2022.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+from dp_accounting.pld import PLDAccountant
+from scipy.optimize import brentq
+
+from shared.errors import PlanError
+
+_MAX_NOISE_MULTIPLIER = 1e3
+"""Above this nothing is left of the signal."""
+_MIN_NOISE_MULTIPLIER = 0.05
+"""Below this the PLD of one step no longer fits in memory and epsilon is in the hundreds: no privacy at all."""
+_CALIBRATION_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, order=True)
+class Mechanism:
+    """``steps`` compositions of one Poisson-subsampled Gaussian mechanism.
+
+    Attributes:
+        sample_rate: Probability in (0, 1] with which each patient joins a step.
+        noise_multiplier: Standard deviation of the noise over the clipping norm; 0 means no privacy.
+        steps: How many noisy steps, at least 1.
+    """
+
+    sample_rate: float
+    noise_multiplier: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.sample_rate <= 1.0:
+            raise PlanError(f"sample_rate must lie in (0, 1], not {self.sample_rate}.")
+        if not 0.0 <= self.noise_multiplier < math.inf:
+            raise PlanError(f"noise_multiplier must be zero or positive, not {self.noise_multiplier}.")
+        if self.steps < 1:
+            raise PlanError(f"A mechanism needs at least one step, not {self.steps}.")
+
+
+def epsilon_of(mechanisms: Iterable[Mechanism], delta: float) -> float:
+    """Return the epsilon at ``delta`` of all ``mechanisms`` composed; ``inf`` if any adds no noise.
+
+    Raises:
+        PlanError: If ``delta`` is not in (0, 1).
+    """
+    if not 0.0 < delta < 1.0:
+        raise PlanError(f"delta must lie strictly between 0 and 1, not {delta}.")
+    steps: Counter[tuple[float, float]] = Counter()
+    for mechanism in mechanisms:
+        steps[mechanism.sample_rate, mechanism.noise_multiplier] += mechanism.steps
+    return _epsilon(tuple(sorted((*key, count) for key, count in steps.items())), delta)
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(composition: tuple[tuple[float, float, int], ...], delta: float) -> float:
+    if not composition:
+        return 0.0
+    if any(noise < _MIN_NOISE_MULTIPLIER for _, noise, _ in composition):
+        return math.inf
+    accountant = PLDAccountant()
+    for sample_rate, noise, steps in composition:
+        accountant.compose(PoissonSampledDpEvent(sample_rate, GaussianDpEvent(noise)), steps)
+    return float(accountant.get_epsilon(delta))
+
+
+def calibrate_noise(*, epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
+    """Return the least noise multiplier (to a relative 0.001) whose epsilon does not exceed ``epsilon``.
+
+    The result always errs on the private side.
+
+    Raises:
+        PlanError: If no noise in a usable range reaches ``epsilon``.
+    """
+    if not 0.0 < epsilon < math.inf:
+        raise PlanError(f"epsilon must be positive and finite, not {epsilon}.")
+
+    def excess(log_noise: float) -> float:
+        """Log of spent over promised; falls smoothly with the noise, so that few evaluations find its root."""
+        spent = epsilon_of([Mechanism(sample_rate, math.exp(log_noise), steps)], delta)
+        return math.log(max(spent, 1e-12) / epsilon)
+
+    low = high = 0.0
+    while excess(high) > 0:
+        low, high = high, high + 1.0
+        if high > math.log(_MAX_NOISE_MULTIPLIER):
+            raise PlanError(
+                f"No usable noise gives epsilon {epsilon} at delta {delta:g} over {steps} steps. "
+                "Ask for a larger epsilon, fewer rounds or a lower sample rate."
+            )
+    while excess(low) <= 0:
+        low, high = low - 0.5, low
+        if low < math.log(_MIN_NOISE_MULTIPLIER):
+            return _MIN_NOISE_MULTIPLIER
+    log_noise = float(brentq(excess, low, high, xtol=_CALIBRATION_TOLERANCE / 2))
+    while excess(log_noise) > 0:
+        log_noise += _CALIBRATION_TOLERANCE / 2
+    return math.exp(log_noise)

@@ -1,0 +1,173 @@
+"""The prepared store: what intake writes and training reads; one item per patient.
+
+Format (version 1). A folder of plain NumPy files, readable without Fedward, pydicom or torch:
+
+    store.json     {"format": 1, "kind", "patients", "records", "attributes": {...}, "arrays": {name: sha256}}
+    offsets.npy    int64 (P + 1,): patient p owns the records offsets[p] to offsets[p + 1] of every array
+    keys.npy       uint8 (P, 16): keyed hash of the hospital's patient identifier (see client.intake)
+    <name>.npy     any dtype, (R, ...): one array per field, memory-mapped when read
+
+``attributes`` hold public facts about the preparation (voxel spacing, window) and nothing of any patient.
+The number of patients is sensitive: the store stays in the hospital.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.errors import StorageError
+from shared.files import storage_errors, sync_directory
+
+FORMAT = 1
+KEY_BYTES = 16
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class PatientItem:
+    """One patient's records.
+
+    Attributes:
+        key: ``KEY_BYTES`` bytes that stand for the patient inside this hospital only.
+        arrays: Field name to array ``(records, ...)``; all of the same, positive length.
+    """
+
+    key: bytes
+    arrays: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class RecordStore:
+    """A prepared store, opened read-only and memory-mapped.
+
+    Attributes:
+        kind: What was prepared, e.g. ``ct-nodules``; a task states the kind it reads.
+        attributes: Public facts about the preparation.
+        offsets: ``(P + 1,)`` first record of each patient.
+        keys: ``(P, 16)`` pseudonyms.
+        arrays: Field name to array ``(R, ...)``.
+        digest: SHA-256 of the store's description, which names every array's own hash.
+    """
+
+    kind: str
+    attributes: Mapping[str, Any]
+    offsets: npt.NDArray[np.int64]
+    keys: npt.NDArray[np.uint8]
+    arrays: Mapping[str, Array]
+    digest: str
+
+    def __len__(self) -> int:
+        """Return the number of patients."""
+        return len(self.offsets) - 1
+
+    @cached_property
+    def patient_of_record(self) -> npt.NDArray[np.int64]:
+        """``(R,)`` index of the patient who owns each record."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
+    @classmethod
+    def open(cls, path: Path) -> "RecordStore":
+        """Open the store at ``path``.
+
+        Raises:
+            StorageError: If there is no store there, or it is of another format or damaged.
+        """
+        try:
+            text = (path / "store.json").read_bytes()
+            header = json.loads(text)
+            if header["format"] != FORMAT:
+                raise StorageError(f"{path} has store format {header['format']}, this version reads {FORMAT}.")
+            arrays = {name: np.load(path / f"{name}.npy", mmap_mode="r") for name in header["arrays"]}
+            offsets, keys = np.load(path / "offsets.npy"), np.load(path / "keys.npy")
+        except FileNotFoundError as error:
+            raise StorageError(f"{path} holds no prepared store. Run intake first.") from error
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise StorageError(f"The prepared store at {path} is damaged. Run intake again.") from error
+        if any(len(array) != offsets[-1] for array in arrays.values()) or len(keys) != len(offsets) - 1:
+            raise StorageError(f"The prepared store at {path} is inconsistent. Run intake again.")
+        return cls(header["kind"], header["attributes"], offsets, keys, arrays, hashlib.sha256(text).hexdigest())
+
+    def subset(self, patients: npt.NDArray[np.int64]) -> "RecordStore":
+        """Return an in-memory store of the given patients, in the given order."""
+        rows = [np.arange(self.offsets[p], self.offsets[p + 1]) for p in patients]
+        index = np.concatenate(rows) if rows else np.empty(0, np.int64)
+        return RecordStore(
+            kind=self.kind,
+            attributes=self.attributes,
+            offsets=np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64),
+            keys=self.keys[patients],
+            arrays={name: np.asarray(array[index]) for name, array in self.arrays.items()},
+            digest=hashlib.sha256(self.digest.encode() + self.keys[patients].tobytes()).hexdigest(),
+        )
+
+    def items(self) -> Iterable[PatientItem]:
+        """Yield each patient's records."""
+        for p in range(len(self)):
+            rows = slice(self.offsets[p], self.offsets[p + 1])
+            yield PatientItem(self.keys[p].tobytes(), {n: a[rows] for n, a in self.arrays.items()})
+
+
+def write_store(
+    path: Path, *, kind: str, patients: Iterable[PatientItem], attributes: Mapping[str, Any]
+) -> RecordStore:
+    """Write a store atomically: ``path`` appears complete or not at all; an older store there is replaced.
+
+    Patients are stored in the order of their keys, so the order of a hospital's files leaves no trace.
+
+    Raises:
+        StorageError: If ``patients`` is empty or inconsistent, or the folder cannot be written.
+    """
+    ordered = sorted(patients, key=lambda item: item.key)
+    if not ordered:
+        raise StorageError(f"No patient to store at {path}: every one was rejected or there was none.")
+    lengths = [_record_count(item) for item in ordered]
+    names = sorted(ordered[0].arrays)
+    if len({item.key for item in ordered}) != len(ordered) or any(sorted(i.arrays) != names for i in ordered):
+        raise StorageError("Patients must have distinct keys and the same fields.")
+    content = {name: np.concatenate([item.arrays[name] for item in ordered]) for name in names}
+    header = {
+        "format": FORMAT,
+        "kind": kind,
+        "patients": len(ordered),
+        "records": sum(lengths),
+        "attributes": dict(attributes),
+        "arrays": {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in content.items()},
+    }
+    content["offsets"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    content["keys"] = np.frombuffer(b"".join(item.key for item in ordered), np.uint8).reshape(-1, KEY_BYTES)
+    with storage_errors(path):
+        _replace_folder(path, content, json.dumps(header, indent=1, sort_keys=True))
+    return RecordStore.open(path)
+
+
+def _record_count(item: PatientItem) -> int:
+    counts = {len(array) for array in item.arrays.values()}
+    if len(item.key) != KEY_BYTES or len(counts) != 1 or 0 in counts:
+        raise StorageError(f"A patient needs a {KEY_BYTES}-byte key and equally many records in every field.")
+    return counts.pop()
+
+
+def _replace_folder(path: Path, content: Mapping[str, Array], header: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(mode=0o700)
+    for name, array in content.items():
+        with (temporary / f"{name}.npy").open("wb") as handle:
+            np.save(handle, array)
+            handle.flush()
+            os.fsync(handle.fileno())
+    (temporary / "store.json").write_text(header, encoding="utf-8")
+    if path.exists():
+        shutil.rmtree(path)
+    temporary.rename(path)
+    sync_directory(path.parent)

@@ -1,0 +1,88 @@
+"""What a task is: a model, a way to draw patients, a loss per patient and an evaluation."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Generator, Tensor, nn
+
+from shared.metrics import Estimate
+from shared.records import RecordStore
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``B`` patients with ``K`` records each.
+
+    Attributes:
+        fields: Field name to tensor ``(B, K, ...)``; ``B`` may be 0.
+    """
+
+    fields: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        """Return the number of patients."""
+        return len(next(iter(self.fields.values())))
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return one field, ``(B, K, ...)``."""
+        return self.fields[name]
+
+    def to(self, device: str) -> "Batch":
+        """Return the batch on another device."""
+        return Batch({name: tensor.to(device) for name, tensor in self.fields.items()})
+
+
+class PatientDataset(Protocol):
+    """A site's patients, as training sees them. ``len()`` is the number of patients."""
+
+    def __len__(self) -> int:
+        """Return the number of patients."""
+
+    def draw(self, patients: Tensor, records_per_patient: int, generator: Generator) -> Batch:
+        """Draw ``K`` augmented records of each patient ``(B,)``, with replacement among the patient's own."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How good a model is on a data set.
+
+    Attributes:
+        metrics: Metric name to value, with a 95% interval where one is computed.
+        by_group: The primary metric for parts of the data that are worth telling apart (scanner vendors).
+        details: What a report draws; plain JSON values.
+    """
+
+    metrics: Mapping[str, float | Estimate]
+    by_group: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def value(self, name: str) -> float:
+        """Return a metric's point value."""
+        metric = self.metrics[name]
+        return metric.value if isinstance(metric, Estimate) else metric
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One thing that hospitals can train together.
+
+    Attributes:
+        name: The name in plans and policies.
+        store_kind: The kind of prepared store it reads.
+        metric: Name of the primary metric; larger is better.
+        build: Makes a model with fresh weights from torch's global generator.
+        load: Opens a store as patients.
+        loss: Returns ``(B,)``, each the mean over that patient's records; depends on no other patient.
+        evaluate: Judges a model on a data set that the evaluating party owns.
+        defaults: What a plan sets where its author says nothing (fields of :class:`shared.plan.RunPlan`).
+    """
+
+    name: str
+    store_kind: str
+    metric: str
+    build: Callable[[], nn.Module]
+    load: Callable[[RecordStore], PatientDataset]
+    loss: Callable[[nn.Module, Batch], Tensor]
+    evaluate: Callable[[nn.Module, RecordStore], Evaluation]
+    defaults: Mapping[str, Any]

@@ -1,0 +1,27 @@
+"""The prepared form of CT nodules: what intake writes and the nodule tasks read.
+
+One record is one axial patch through a nodule. Fields of the store (kind ``ct-nodules``):
+
+    image        float16 (R, 36, 36): Hounsfield units windowed to [0, 1], at ``SPACING_MM``
+    malignant    uint8 (R,): 1 where the readers' median malignancy is above 3, 0 where it is below
+    nodule       int32 (R,): number of the nodule within its patient
+    diameter_mm  float32 (R,): the annotated diameter
+    vendor       uint8 (R,): position in ``VENDORS``
+
+A patch is wider than the 28×28 the network sees by ``MARGIN_PX`` on each side, so that shifts and turns
+need no padding.
+"""
+
+from typing import Final
+
+STORE_KIND: Final = "ct-nodules"
+SPACING_MM: Final = 1.0
+WINDOW_HU: Final = (-1000.0, 400.0)
+PATCH_PX: Final = 28
+MARGIN_PX: Final = 4
+STORED_PX: Final = PATCH_PX + 2 * MARGIN_PX
+SLICE_OFFSETS_MM: Final = (-2.0, 0.0, 2.0)
+"""Where a nodule's axial patches lie, relative to its centre: three records a nodule."""
+VENDORS: Final = ("GE", "Siemens", "Philips", "Toshiba", "other")
+UNDECIDED_MALIGNANCY: Final = 3
+"""Readers' median that says neither benign nor malignant; such nodules are left out, as is usual for LIDC."""

@@ -1,0 +1,137 @@
+"""Task ``nodule-classification``: is a lung nodule in CT benign or malignant?
+
+Labels are the LIDC-IDRI readers' median malignancy, above 3 against below 3. A patient brings one or many
+nodules, each as a few axial patches; the patient's loss is the mean over the K patches drawn from them.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from shared.metrics import binary_metrics, bootstrap_auroc, classification_curves
+from shared.models.cnn import LungCTNet
+from shared.records import RecordStore
+from shared.tasks.base import Batch, Evaluation, Task
+from shared.tasks.ct_nodules import MARGIN_PX, PATCH_PX, STORE_KIND, VENDORS
+from shared.tasks.sampling import draw_records
+
+_BRIGHTNESS_SD = 0.05
+_CONTRAST_SD = 0.1
+_EVALUATION_BATCH = 512
+
+
+@dataclass(frozen=True)
+class NodulePatients:
+    """Patients of a ``ct-nodules`` store, with augmentation."""
+
+    store: RecordStore
+
+    def __len__(self) -> int:
+        """Return the number of patients."""
+        return len(self.store)
+
+    def draw(self, patients: Tensor, records_per_patient: int, generator: Generator) -> Batch:
+        """Draw patches ``(B, K, 1, 28, 28)`` and labels ``(B, K)``, each patch augmented by itself."""
+        rows = draw_records(self.store.offsets, patients, records_per_patient, generator)
+        stored = torch.from_numpy(np.asarray(self.store.arrays["image"][rows.ravel()], np.float32))
+        labels = torch.from_numpy(np.asarray(self.store.arrays["malignant"][rows], np.int64))
+        images = augment(stored, generator)
+        return Batch({"image": images.view(*rows.shape, 1, PATCH_PX, PATCH_PX), "malignant": labels})
+
+
+def augment(stored: Tensor, generator: Generator) -> Tensor:
+    """Return patches ``(N, 28, 28)`` cut from ``(N, 36, 36)``, each turned, shifted and re-windowed at random.
+
+    Quarter turns and a flip (the eight symmetries of the square), shifts of up to ``MARGIN_PX`` pixels, and a
+    small change of contrast and brightness. Every record is handled by itself, so nothing mixes patients.
+    """
+    count = len(stored)
+    shifts = torch.randint(0, 2 * MARGIN_PX + 1, (count, 2), generator=generator)
+    steps = torch.arange(PATCH_PX)
+    rows, columns = shifts[:, :1] + steps, shifts[:, 1:] + steps
+    patches = stored[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    for turn in (_transpose, _mirror_rows, _mirror_columns):
+        chosen = torch.rand(count, 1, 1, generator=generator) < 0.5
+        patches = torch.where(chosen, turn(patches), patches)
+    contrast = 1.0 + _CONTRAST_SD * torch.randn(count, 1, 1, generator=generator)
+    brightness = _BRIGHTNESS_SD * torch.randn(count, 1, 1, generator=generator)
+    return (patches * contrast + brightness).clamp(0.0, 1.0)
+
+
+def _transpose(patches: Tensor) -> Tensor:
+    return patches.transpose(-1, -2)
+
+
+def _mirror_rows(patches: Tensor) -> Tensor:
+    return patches.flip(-2)
+
+
+def _mirror_columns(patches: Tensor) -> Tensor:
+    return patches.flip(-1)
+
+
+def loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return each patient's mean cross-entropy ``(B,)``."""
+    images, labels = batch["image"], batch["malignant"]
+    logits = model(images.flatten(0, 1))
+    return F.cross_entropy(logits, labels.flatten(), reduction="none").view(labels.shape).mean(dim=1)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, store: RecordStore) -> Evaluation:
+    """Judge by nodule: the mean malignancy probability over a nodule's patches, centred and unaugmented."""
+    inner = slice(MARGIN_PX, MARGIN_PX + PATCH_PX)
+    device = next(model.parameters()).device
+    images = torch.from_numpy(np.asarray(store.arrays["image"][:, inner, inner], np.float32))[:, None]
+    scores = torch.cat([model(part.to(device)).softmax(1)[:, 1].cpu() for part in images.split(_EVALUATION_BATCH)])
+    return judge_nodules(store, scores.numpy())
+
+
+def judge_nodules(store: RecordStore, record_scores: npt.NDArray[np.floating[Any]]) -> Evaluation:
+    """Return the evaluation of any score ``(R,)`` of the store's records, averaged within each nodule."""
+    nodules = np.stack([store.patient_of_record, np.asarray(store.arrays["nodule"])], axis=1)
+    _, first, inverse = np.unique(nodules, axis=0, return_index=True, return_inverse=True)
+    inverse = inverse.ravel()
+    scores = np.bincount(inverse, weights=record_scores) / np.bincount(inverse)
+    labels = np.asarray(store.arrays["malignant"])[first].astype(np.int64)
+    vendors = np.asarray(store.arrays["vendor"])[first]
+    by_vendor = {
+        VENDORS[code]: {
+            "nodules": float((vendors == code).sum()),
+            **binary_metrics(labels[vendors == code], scores[vendors == code]),
+        }
+        for code in np.unique(vendors)
+    }
+    return Evaluation(
+        metrics={
+            "auroc": bootstrap_auroc(labels, scores, store.patient_of_record[first]),
+            **{k: v for k, v in binary_metrics(labels, scores).items() if k != "auroc"},
+        },
+        by_group=by_vendor,
+        details=classification_curves(labels, scores),
+    )
+
+
+TASK = Task(
+    name="nodule-classification",
+    store_kind=STORE_KIND,
+    metric="auroc",
+    build=LungCTNet,
+    load=NodulePatients,
+    loss=loss,
+    evaluate=evaluate,
+    defaults={
+        "rounds": 20,
+        "local_steps": 1,
+        "sample_rate": 1.0,
+        "records_per_patient": 4,
+        "max_grad_norm": 1.0,
+        "optimizer": "sgd",
+        "learning_rate": 1.0,
+    },
+)

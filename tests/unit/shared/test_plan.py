@@ -1,0 +1,96 @@
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.errors import ErrorCode, PlanError
+from shared.drafting import draft_plan
+from shared.plan import RunPlan
+
+PLAN = RunPlan(
+    task="nodule-classification",
+    rounds=20,
+    local_steps=2,
+    sample_rate=0.5,
+    records_per_patient=4,
+    max_grad_norm=1.0,
+    noise_multiplier=2.0,
+    delta=1e-3,
+    learning_rate=0.5,
+)
+GOLDEN_DIGEST = "4c554bdf2d5b8858"
+
+
+def test_digest_is_stable_across_versions() -> None:
+    """A changed digest means that sites of two versions cannot agree: change it only on purpose."""
+    assert PLAN.digest[:16] == GOLDEN_DIGEST
+
+
+def test_text_round_trip() -> None:
+    assert RunPlan.from_json(PLAN.to_json()) == PLAN
+
+
+def test_every_field_enters_the_digest() -> None:
+    changed = {
+        "task": "other", "rounds": 21, "local_steps": 3, "sample_rate": 0.4, "records_per_patient": 5,
+        "max_grad_norm": 2.0, "noise_multiplier": 2.5, "delta": 1e-4, "optimizer": "adam", "learning_rate": 0.1,
+        "momentum": 0.9, "patience": 3, "min_sites": 2, "deadline_s": 60.0, "seed": 1, "init": "abc",
+    }  # fmt: skip
+    assert set(changed) == set(asdict(PLAN))
+    digests = {replace(PLAN, **{name: value}).digest for name, value in changed.items()}
+    assert len(digests | {PLAN.digest}) == len(changed) + 1
+
+
+def test_epsilon_grows_with_rounds() -> None:
+    spent = [PLAN.epsilon(rounds) for rounds in (0, 1, 10, 20)]
+    assert spent[0] == 0.0
+    assert spent == sorted(spent)
+    assert PLAN.epsilon() == spent[-1]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rounds", 0), ("rounds", "20"), ("rounds", True), ("rounds", 2.0), ("sample_rate", 0.0),
+        ("sample_rate", 1.5), ("max_grad_norm", 0.0), ("learning_rate", float("inf")), ("delta", 0.0),
+        ("optimizer", "lbfgs"), ("momentum", 1.0), ("noise_multiplier", -1.0), ("patience", -1), ("task", 5),
+        ("min_sites", 0), ("noise_multiplier", float("nan")),
+    ],
+)  # fmt: skip
+def test_impossible_fields_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(PlanError):
+        RunPlan.from_mapping({**asdict(PLAN), field: value})
+
+
+def test_unknown_and_missing_fields_are_named() -> None:
+    with pytest.raises(PlanError, match="unknown fields: surprise"):
+        RunPlan.from_mapping({**asdict(PLAN), "surprise": 1})
+    with pytest.raises(PlanError, match="lacks a field"):
+        RunPlan.from_mapping({"task": "x"})
+
+
+@given(st.text() | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(json.dumps))
+def test_rubbish_is_refused_in_one_sentence(text: str) -> None:
+    with pytest.raises(PlanError):
+        RunPlan.from_json(text)
+
+
+def test_a_drafted_plan_keeps_its_promise() -> None:
+    plan = draft_plan("nodule-classification", epsilon=3.0, delta=1e-3, overrides={"rounds": 5})
+    assert plan.rounds == 5
+    assert 2.9 < plan.epsilon() <= 3.0
+
+
+def test_infinite_epsilon_drafts_a_plan_without_privacy() -> None:
+    plan = draft_plan("nodule-classification", epsilon=float("inf"), delta=1e-3, overrides={})
+    assert not plan.private
+    assert plan.epsilon() == float("inf")
+
+
+def test_an_unknown_task_is_named_with_the_known_ones() -> None:
+    with pytest.raises(PlanError, match="nodule-classification") as caught:
+        draft_plan("no-such", epsilon=3.0, delta=1e-3, overrides={})
+    assert caught.value.code is ErrorCode.UNKNOWN_TASK
