@@ -20,17 +20,13 @@ app = ClientApp()
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """Answer whether this site takes part in a plan."""
-    return guard.release(
-        message, lambda: _site(context).answer_query(PlanQuery.from_content(message.content))
-    )
+    return guard.release(message, lambda: _site(context).answer_query(PlanQuery.from_content(message.content)))
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train one round."""
-    return guard.release(
-        message, lambda: _site(context).answer_train(TrainRequest.from_content(message.content))
-    )
+    return guard.release(message, lambda: _site(context).answer_train(TrainRequest.from_content(message.content)))
 
 
 def _site(context: Context) -> Site:

@@ -46,15 +46,8 @@ class SitePolicy:
     simulation_seed: int | None = None
 
     def __post_init__(self) -> None:
-        if (
-            not self.name
-            or self.declared_patients < 1
-            or not 0 < self.max_delta < 1
-            or not self.max_epsilon > 0
-        ):
-            raise PolicyError(
-                "site.toml needs a name, declared-patients ≥ 1, max-epsilon > 0, 0 < max-delta < 1."
-            )
+        if not self.name or self.declared_patients < 1 or not 0 < self.max_delta < 1 or not self.max_epsilon > 0:
+            raise PolicyError("site.toml needs a name, declared-patients ≥ 1, max-epsilon > 0, 0 < max-delta < 1.")
 
     @classmethod
     def read(cls, path: Path) -> "SitePolicy":

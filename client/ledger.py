@@ -170,9 +170,7 @@ class Ledger:
     def plan_of(self, run: str) -> str | None:
         """Return the digest of the plan under which ``run`` began here."""
         with self._transaction() as database:
-            row = database.execute(
-                "SELECT plan_digest FROM releases WHERE run = ? LIMIT 1", (run,)
-            ).fetchone()
+            row = database.execute("SELECT plan_digest FROM releases WHERE run = ? LIMIT 1", (run,)).fetchone()
             return row[0] if row else None
 
     def epsilon(self, delta: float) -> float:

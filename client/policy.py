@@ -30,9 +30,7 @@ def check_plan(plan: RunPlan, policy: SitePolicy) -> None:
         raise PolicyError(f"The plan is refused: {'; '.join(broken)}. Change the plan or site.toml.")
 
 
-def check_budget(
-    earlier: tuple[Mechanism, ...], proposed: Mechanism, plan: RunPlan, policy: SitePolicy
-) -> None:
+def check_budget(earlier: tuple[Mechanism, ...], proposed: Mechanism, plan: RunPlan, policy: SitePolicy) -> None:
     """Check that ``proposed`` after all ``earlier`` releases stays within the hospital's budget.
 
     Raises:

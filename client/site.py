@@ -93,9 +93,7 @@ class Site:
         check_plan(plan, self.policy)
         task = find_task(plan.task)
         if self.store.kind != task.store_kind:
-            raise PolicyError(
-                f"The prepared store holds {self.store.kind}, the task reads {task.store_kind}."
-            )
+            raise PolicyError(f"The prepared store holds {self.store.kind}, the task reads {task.store_kind}.")
         return task
 
     def _key(self, request: TrainRequest) -> bytes:

@@ -40,9 +40,9 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, *, run: str, round: int, task: str, plan_digest: str
+    folder: Path, model: nn.Module, *, run: str, number: int, task: str, plan_digest: str
 ) -> Checkpoint:
-    """Write the model's state after ``round`` and forget all but the latest checkpoints.
+    """Write the model's state after round ``number`` and forget all but the latest checkpoints.
 
     Raises:
         StorageError: If the folder cannot be written.
@@ -50,8 +50,8 @@ def save_checkpoint(
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
-    path = folder / f"round-{round:05d}.safetensors"
-    checkpoint = Checkpoint(run, round, task, plan_digest, hashlib.sha256(content).hexdigest(), path)
+    path = folder / f"round-{number:05d}.safetensors"
+    checkpoint = Checkpoint(run, number, task, plan_digest, hashlib.sha256(content).hexdigest(), path)
     write_atomic(path, content)
     sidecar = {**asdict(checkpoint), "path": path.name}
     write_atomic(path.with_suffix(".json"), json.dumps(sidecar, indent=1, sort_keys=True).encode())

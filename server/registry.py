@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import StorageError
+from shared.errors import ErrorCode, StorageError
 from shared.metrics import Estimate
 from shared.plan import RunPlan
 from shared.tasks.base import Evaluation
@@ -22,7 +22,8 @@ CREATE TABLE IF NOT EXISTS sites (
     run TEXT NOT NULL, site TEXT NOT NULL, declared_patients INTEGER, refused TEXT, PRIMARY KEY (run, site)
 ) STRICT;
 CREATE TABLE IF NOT EXISTS rounds (
-    run TEXT NOT NULL, round INTEGER NOT NULL, seconds REAL NOT NULL, evaluation TEXT, PRIMARY KEY (run, round)
+    run TEXT NOT NULL, round INTEGER NOT NULL, seconds REAL NOT NULL, evaluation TEXT,
+    aggregated INTEGER NOT NULL, PRIMARY KEY (run, round)
 ) STRICT;
 CREATE TABLE IF NOT EXISTS replies (
     run TEXT NOT NULL, round INTEGER NOT NULL, site TEXT NOT NULL, outcome TEXT NOT NULL,
@@ -33,6 +34,10 @@ CREATE TABLE IF NOT EXISTS notes (
 ) STRICT;
 """
 OK, LATE = "ok", "late"
+NOTHING_SPENT = frozenset(
+    {ErrorCode.BAD_PLAN, ErrorCode.UNKNOWN_TASK, ErrorCode.POLICY_REFUSED, ErrorCode.BUDGET_EXCEEDED}
+)
+"""Refusals that a site makes before it reserves anything."""
 RUNNING, COMPLETED, FAILED = "running", "completed", "failed"
 
 
@@ -47,12 +52,18 @@ class SiteRow:
 
 @dataclass(frozen=True)
 class RoundRow:
-    """One aggregation; round 0 is the start. ``replies`` maps site to ``ok``, ``late`` or an error code."""
+    """One attempt at an aggregation; round 0 is the start.
+
+    Attributes:
+        replies: What came of each site that was asked: ``ok``, ``late`` or an error code.
+        aggregated: Whether there was a quorum, and so a new global model.
+    """
 
     round: int
     seconds: float
     evaluation: Evaluation | None
     replies: Mapping[str, str]
+    aggregated: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,12 +81,15 @@ class RunRecord:
     @property
     def rounds_completed(self) -> int:
         """The number of aggregations."""
-        return self.rounds[-1].round if self.rounds else 0
+        return max((row.round for row in self.rounds if row.aggregated), default=0)
 
     def rounds_of(self, site: str, up_to: int | None = None) -> int:
-        """How many rounds the site must be taken to have spent: late replies count, refusals do not."""
-        last = self.rounds_completed if up_to is None else up_to
-        return sum(row.replies.get(site) in (OK, LATE) for row in self.rounds if row.round <= last)
+        """How many rounds the site must be taken to have spent: all but those it refused beforehand.
+
+        A late or failed reply may come from a site that had reserved the release; its ledger keeps it as spent.
+        """
+        asked = (row.replies for row in self.rounds if up_to is None or row.round <= up_to)
+        return sum(site in replies and replies[site] not in NOTHING_SPENT for replies in asked)
 
 
 class Registry:
@@ -113,8 +127,9 @@ class Registry:
         """Record a round; a round that is done again after a crash replaces its first record."""
         with self._transaction() as database:
             database.execute(
-                "INSERT OR REPLACE INTO rounds (run, round, seconds, evaluation) VALUES (?, ?, ?, ?)",
-                (run, row.round, row.seconds, _dump(row.evaluation)),
+                "INSERT OR REPLACE INTO rounds (run, round, seconds, evaluation, aggregated)"
+                " VALUES (?, ?, ?, ?, ?)",
+                (run, row.round, row.seconds, _dump(row.evaluation), row.aggregated),
             )
             database.execute("DELETE FROM replies WHERE run = ? AND round = ?", (run, row.round))
             database.executemany(
@@ -144,7 +159,7 @@ class Registry:
                 "SELECT site, declared_patients, refused FROM sites WHERE run = ? ORDER BY site", (run,)
             ).fetchall()
             rounds = database.execute(
-                "SELECT round, seconds, evaluation FROM rounds WHERE run = ? ORDER BY round", (run,)
+                "SELECT round, seconds, evaluation, aggregated FROM rounds WHERE run = ? ORDER BY round", (run,)
             ).fetchall()
             replies: dict[int, dict[str, str]] = {}
             for number, site, outcome in database.execute(
@@ -158,7 +173,7 @@ class Registry:
             status=head[1],
             failure=head[2],
             sites=tuple(SiteRow(*row) for row in sites),
-            rounds=tuple(RoundRow(r[0], r[1], _parse(r[2]), replies.get(r[0], {})) for r in rounds),
+            rounds=tuple(RoundRow(r[0], r[1], _parse(r[2]), replies.get(r[0], {}), bool(r[3])) for r in rounds),
             notes={name: json.loads(value) for name, value in notes},
         )
 

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -61,12 +61,11 @@ class Progress:
     round: int = 0
     best: float = -math.inf
     best_round: int = 0
-    history: dict[int, float] = field(default_factory=dict)
 
-    def note(self, round: int, metric: float) -> None:
+    def note(self, number: int, metric: float) -> None:
         """Take account of a round's held-out metric."""
         if metric > self.best:
-            self.best, self.best_round = metric, round
+            self.best, self.best_round = metric, number
 
     def finished(self, plan: RunPlan) -> bool:
         """Whether all rounds are done or patience has run out: rounds not run are privacy not spent."""
@@ -178,9 +177,7 @@ def initial_model(task: Task, plan: RunPlan, start: Path | None) -> nn.Module:
         torch.manual_seed(plan.seed)
         model = task.build()
     if start is not None and load_weights(start, model) != plan.init:
-        raise ProtocolError(
-            "The starting checkpoint is not the one that the plan names.", ErrorCode.PLAN_CHANGED
-        )
+        raise ProtocolError("The starting checkpoint is not the one that the plan names.", ErrorCode.PLAN_CHANGED)
     return model
 
 
@@ -201,6 +198,8 @@ def _advance(
     )
     accepted, outcomes = _sift(messages, cohort, request)
     if len(accepted) < job.plan.min_sites:
+        seconds = time.monotonic() - started
+        registry.add_round(job.run, RoundRow(number, seconds, None, outcomes, aggregated=False))
         raise FederationError(
             f"Round {number} got {len(accepted)} usable replies of the {job.plan.min_sites} required: {outcomes}.",
             ErrorCode.QUORUM_LOST,
@@ -248,7 +247,7 @@ def _record(job: Job, registry: Registry, task: Task, progress: Progress, row: R
         job.folder / "checkpoints",
         progress.model,
         run=job.run,
-        round=row.round,
+        number=row.round,
         task=task.name,
         plan_digest=job.plan.digest,
     )

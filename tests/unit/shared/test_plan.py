@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.errors import ErrorCode, PlanError
 from shared.drafting import draft_plan
+from shared.errors import ErrorCode, PlanError
 from shared.plan import RunPlan
 
 PLAN = RunPlan(

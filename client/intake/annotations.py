@@ -1,0 +1,114 @@
+"""A hospital's nodule annotations: a CSV in LUNA16's columns plus a malignancy.
+
+    seriesuid, coordX, coordY, coordZ (mm, DICOM's patient coordinates, LPS), diameter_mm, malignancy (1 to 5)
+
+Other columns are ignored, so a list may carry remarks; they are never looked at.
+"""
+
+import csv
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from client.intake.rejects import RejectCode, Rejected
+from shared.errors import IntakeError
+from shared.tasks.ct_nodules import UNDECIDED_MALIGNANCY
+
+COLUMNS: Final = ("seriesuid", "coordX", "coordY", "coordZ", "diameter_mm", "malignancy")
+MAX_DIAMETER_MM: Final = 200.0
+MAX_COORDINATE_MM: Final = 1e5
+
+Point = tuple[float, float, float]
+
+
+@dataclass(frozen=True, order=True, repr=False)
+class Annotation:
+    """One nodule as the readers marked it.
+
+    Attributes:
+        series_uid: The series in which it was marked.
+        centre_mm: Its centre, LPS.
+        diameter_mm: Its diameter.
+        malignancy: Median of the readers, 1 to 5, never ``UNDECIDED_MALIGNANCY``.
+    """
+
+    series_uid: str
+    centre_mm: Point
+    diameter_mm: float
+    malignancy: float
+
+    @property
+    def malignant(self) -> bool:
+        """Whether the readers' median is above the undecided value."""
+        return self.malignancy > UNDECIDED_MALIGNANCY
+
+
+def read_annotations(path: Path) -> tuple[list[Annotation], Counter[RejectCode]]:
+    """Read the usable rows, sorted (the order of the rows leaves no trace), and count the others.
+
+    Raises:
+        IntakeError: If there is no such file or it has not the required columns.
+    """
+    rejected: Counter[RejectCode] = Counter()
+    copies: dict[tuple[str, Point], list[Annotation]] = {}
+    for row in _rows(path):
+        try:
+            annotation = _parse(row)
+        except Rejected as outcome:
+            rejected[outcome.code] += 1
+            continue
+        copies.setdefault((annotation.series_uid, annotation.centre_mm), []).append(annotation)
+    usable = []
+    for group in copies.values():
+        agreed = len(set(group)) == 1
+        usable += group[:agreed]
+        rejected[RejectCode.DUPLICATE_ANNOTATION] += len(group) - agreed
+    return sorted(usable), +rejected
+
+
+def _rows(path: Path) -> Iterator[Mapping[str, str]]:
+    """Yield each row by column name; an empty mapping for a row that is no CSV."""
+    problem = ""
+    try:
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as handle:
+            reader = csv.reader(handle)
+            header = [name.strip() for name in next(reader, [])]
+            if not set(COLUMNS) <= set(header):
+                problem = f"The annotations need a first row with the columns {', '.join(COLUMNS)}."
+            while not problem:
+                try:
+                    values = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error:
+                    yield {}
+                    continue
+                if values:
+                    yield dict(zip(header, values, strict=False))
+    except csv.Error:
+        problem = f"The annotations are not a CSV file with the columns {', '.join(COLUMNS)}."
+    except OSError as error:
+        problem = f"Cannot read the annotations {path}: {error.strerror or type(error).__name__}."
+    # Raised outside the handlers: the cause can quote the row.
+    raise IntakeError(problem)
+
+
+def _parse(row: Mapping[str, str]) -> Annotation:
+    series_uid = row.get("seriesuid", "").strip()
+    try:
+        x, y, z, diameter_mm, malignancy = (float(row[name]) for name in COLUMNS[1:])
+    except (KeyError, ValueError):
+        raise Rejected(RejectCode.BAD_ROW) from None
+    finite = all(math.isfinite(value) for value in (x, y, z, diameter_mm, malignancy))
+    if not series_uid or not finite or max(abs(x), abs(y), abs(z)) > MAX_COORDINATE_MM:
+        raise Rejected(RejectCode.BAD_ROW)
+    if not 0 < diameter_mm <= MAX_DIAMETER_MM:
+        raise Rejected(RejectCode.BAD_DIAMETER)
+    if not 1 <= malignancy <= 5:
+        raise Rejected(RejectCode.BAD_MALIGNANCY)
+    if malignancy == UNDECIDED_MALIGNANCY:
+        raise Rejected(RejectCode.UNDECIDED)
+    return Annotation(series_uid, (x, y, z), diameter_mm, malignancy)

@@ -1,0 +1,85 @@
+"""Why a part of an export is left out: a closed list of codes, so that nothing else needs to be told.
+
+A code says what was counted (a file, a whole series, a row of the annotations) and what it means; it never
+says which one. Every file and every row is either used or counted under exactly one code of its own unit; a
+rejected series is counted once more, as a series.
+"""
+
+from enum import StrEnum
+
+
+class RejectCode(StrEnum):
+    """A reason for rejection, what it counts (``unit``) and what it means to the hospital's staff."""
+
+    unit: str
+    meaning: str
+
+    def __new__(cls, code: str, unit: str, meaning: str) -> "RejectCode":
+        """Make a member whose value is ``code`` alone."""
+        member = str.__new__(cls, code)
+        member._value_ = code
+        member.unit = unit
+        member.meaning = meaning
+        return member
+
+    # Files, in the order of the checks.
+    SYMLINK = "symlink", "file", "a symbolic link; links are never followed"
+    UNREADABLE = "unreadable", "file", "cannot be opened or parsed, or is not an ordinary file"
+    NOT_DICOM = "not-dicom", "file", "not a DICOM Part 10 file"
+    TRUNCATED = "truncated", "file", "ends before its content is complete"
+    SECONDARY_CAPTURE = "secondary-capture", "file", "a screenshot or secondary capture"
+    WRONG_MODALITY = "wrong-modality", "file", "not a CT image"
+    WRONG_SOP_CLASS = "wrong-sop-class", "file", "CT, but not of the class CT Image Storage"
+    LOCALIZER = "localizer", "file", "a localizer or scout view"
+    BURNED_IN = "burned-in", "file", "declares annotations burned into the pixels"
+    TOO_LARGE = "too-large", "file", "more rows, columns, frames or bytes than one CT slice can have"
+    NO_PATIENT = "no-patient", "file", "no PatientID, so the unit of privacy is unknown"
+    AMBIGUOUS_PATIENT = (
+        "ambiguous-patient",
+        "file",
+        "a PatientID that several issuers use, without its issuer",
+    )
+    NO_UID = "no-uid", "file", "no series or instance UID"
+    NO_SPACING = "no-spacing", "file", "pixel spacing absent or not usable"
+    NO_POSITION = "no-position", "file", "image position absent or not usable"
+    NO_ORIENTATION = (
+        "no-orientation",
+        "file",
+        "image orientation absent or not two perpendicular unit vectors",
+    )
+    NO_HOUNSFIELD = "no-hounsfield", "file", "no rescale to Hounsfield units"
+    NO_PIXEL_DATA = "no-pixel-data", "file", "no pixel data"
+    UNSUPPORTED_PIXELS = "unsupported-pixels", "file", "pixels that are not 8 or 16-bit monochrome integers"
+    UNSUPPORTED_SYNTAX = "unsupported-syntax", "file", "a transfer syntax that cannot be decoded here"
+    DUPLICATE_FILE = "duplicate-file", "file", "an identical copy of another file; one is kept"
+
+    # Series.
+    MIXED_PATIENTS = "mixed-patients", "series", "slices of more than one patient under one series UID"
+    MIXED_SERIES = "mixed-series", "series", "slices of different size, spacing, orientation, frame or maker"
+    DUPLICATE_SLICES = "duplicate-slices", "series", "different slices of one instance UID or at one position"
+    IRREGULAR_STACK = "irregular-stack", "series", "slices that do not lie along one line, or tilt above 45°"
+    TOO_FEW_SLICES = "too-few-slices", "series", "fewer than two usable slices"
+
+    # Rows of the annotations.
+    BAD_ROW = "bad-row", "annotation", "a value that is absent or not a finite number"
+    BAD_DIAMETER = "bad-diameter", "annotation", "a diameter that no nodule has"
+    BAD_MALIGNANCY = "bad-malignancy", "annotation", "a malignancy outside 1 to 5"
+    UNDECIDED = "undecided", "annotation", "malignancy 3: neither benign nor malignant"
+    DUPLICATE_ANNOTATION = (
+        "duplicate-annotation",
+        "annotation",
+        "repeats a row, or contradicts it (none is kept)",
+    )
+    UNKNOWN_SERIES = "unknown-series", "annotation", "no accepted file belongs to its series"
+    REJECTED_SERIES = "rejected-series", "annotation", "its series was rejected as a whole"
+    OUTSIDE_VOLUME = "outside-volume", "annotation", "a centre outside the scanned volume"
+    MISSING_SLICES = "missing-slices", "annotation", "a gap between the slices that the nodule needs"
+    UNDECODABLE = "undecodable", "annotation", "a slice that the nodule needs cannot be decoded"
+
+
+class Rejected(Exception):  # noqa: N818 - not an error of the program but an outcome, caught where it is counted
+    """Something is left out. Carries its code and nothing of the data."""
+
+    def __init__(self, code: RejectCode) -> None:
+        super().__init__(code.value)
+        self.code = code

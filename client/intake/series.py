@@ -1,0 +1,139 @@
+"""From single headers to series: who the patient is, what belongs together, and where each slice lies."""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+
+from client.intake.dicom import SliceHeader
+from client.intake.patches import Floats, StackGeometry
+from client.intake.pseudonyms import PatientIdentity
+from client.intake.rejects import RejectCode, Rejected
+
+SAME: Final = 1e-3
+"""Orientation (unit vectors) and pixel spacing (mm) may differ this much within a series."""
+SAME_PLACE_MM: Final = 0.01
+OFF_LINE_MM: Final = 0.5
+"""Slices may lie this far beside the line through the first and the last; more means a moved table."""
+MIN_TILT_COSINE: Final = 0.7
+
+
+@dataclass(frozen=True, repr=False)
+class Series:
+    """A series that passed: one patient's parallel slices, in the order of their position."""
+
+    uid: str
+    patient: PatientIdentity
+    vendor: int
+    slices: tuple[SliceHeader, ...]
+    geometry: StackGeometry
+
+
+def resolve_patients(headers: Iterable[SliceHeader]) -> tuple[list[SliceHeader], int]:
+    """Give every slice its patient's full identity; return the slices and how many stay ambiguous.
+
+    The same PatientID of two issuers means two patients. A slice without an issuer joins the only issuer of
+    its PatientID; where there are several it is left out, because to guess could split one patient into two
+    units of privacy.
+    """
+    headers = list(headers)
+    issuers: dict[str, set[str]] = defaultdict(set)
+    for header in headers:
+        issuers[header.patient.patient_id] |= {header.patient.issuer} - {""}
+    resolved = []
+    for header in headers:
+        known = issuers[header.patient.patient_id]
+        if header.patient.issuer == "" and len(known) == 1:
+            resolved.append(replace(header, patient=header.patient._replace(issuer=next(iter(known)))))
+        elif header.patient.issuer or not known:
+            resolved.append(header)
+    return resolved, len(headers) - len(resolved)
+
+
+def group_series(headers: Iterable[SliceHeader]) -> tuple[dict[str, Series | RejectCode], int]:
+    """Group slices by series; return each one or why it is rejected, and the number of copies."""
+    members: dict[str, list[SliceHeader]] = defaultdict(list)
+    for header in headers:
+        members[header.series_uid].append(header)
+    result: dict[str, Series | RejectCode] = {}
+    copies = 0
+    for series_uid in sorted(members):
+        distinct = _without_copies(members[series_uid])
+        copies += len(members[series_uid]) - len(distinct)
+        try:
+            result[series_uid] = _build(series_uid, distinct)
+        except Rejected as outcome:
+            result[series_uid] = outcome.code
+    return result, copies
+
+
+def _without_copies(slices: Sequence[SliceHeader]) -> list[SliceHeader]:
+    """Drop byte-identical files of one instance UID; sort by UID, so that file names no longer matter."""
+    same_uid = Counter(header.instance_uid for header in slices)
+    distinct: dict[tuple[str, bytes], SliceHeader] = {}
+    for header in slices:
+        digest = _digest(header) if same_uid[header.instance_uid] > 1 else b""
+        distinct.setdefault((header.instance_uid, digest), header)
+    return [distinct[key] for key in sorted(distinct)]
+
+
+def _digest(header: SliceHeader) -> bytes:
+    try:
+        with header.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError:  # gone since it was listed: no copy of anything
+        return bytes(header.path)
+
+
+def _build(series_uid: str, slices: Sequence[SliceHeader]) -> Series:
+    """Check that the slices form one stack.
+
+    Raises:
+        Rejected: With the code of the first rule of the series that is broken.
+    """
+    if _differ(slices, lambda header: header.patient):
+        raise Rejected(RejectCode.MIXED_PATIENTS)
+    if _differ(slices, lambda header: header.instance_uid, expected=len(slices)):
+        raise Rejected(RejectCode.DUPLICATE_SLICES)
+    numbers = np.array([(*header.orientation, *header.spacing_mm) for header in slices])
+    mixed = _differ(slices, lambda header: (header.shape, header.frame_uid, header.vendor))
+    if mixed or np.ptp(numbers, axis=0).max() > SAME:
+        raise Rejected(RejectCode.MIXED_SERIES)
+    if len(slices) < 2:
+        raise Rejected(RejectCode.TOO_FEW_SLICES)
+    order, geometry = _stack(slices)
+    return Series(series_uid, slices[0].patient, slices[0].vendor, tuple(slices[k] for k in order), geometry)
+
+
+def _differ(slices: Sequence[SliceHeader], of: Callable[[SliceHeader], Hashable], expected: int = 1) -> bool:
+    return len({of(header) for header in slices}) != expected
+
+
+def _stack(slices: Sequence[SliceHeader]) -> tuple[list[int], StackGeometry]:
+    """Order slices along their normal, never by name or number, and find the affine map.
+
+    The stack's own axis is the line through the first pixels; with a tilted gantry it is not the normal.
+    """
+    across, down = (_unit(np.array(part)) for part in (slices[0].orientation[:3], slices[0].orientation[3:]))
+    normal = np.cross(across, down)
+    positions = np.array([header.position_mm for header in slices])
+    order = np.argsort(positions @ normal, kind="stable")
+    positions = positions[order]
+    if np.diff(positions @ normal).min() < SAME_PLACE_MM:
+        raise Rejected(RejectCode.DUPLICATE_SLICES)
+    axis = _unit(positions[-1] - positions[0])
+    depths = (positions - positions[0]) @ axis
+    beside = positions - positions[0] - depths[:, None] * axis
+    if axis @ normal < MIN_TILT_COSINE or np.linalg.norm(beside, axis=1).max() > OFF_LINE_MM:
+        raise Rejected(RejectCode.IRREGULAR_STACK)
+    spacing_mm = (slices[0].spacing_mm[0], slices[0].spacing_mm[1])
+    axes = np.stack([axis, down, across], axis=1)
+    return order.tolist(), StackGeometry(positions[0], axes, depths, spacing_mm, slices[0].shape)
+
+
+def _unit(vector: Floats) -> Floats:
+    unit: Floats = vector / np.linalg.norm(vector)
+    return unit

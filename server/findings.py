@@ -1,0 +1,145 @@
+"""What the report has to say about a run, in numbers: everything is derived from the registry's record."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from server.checkpoints import Checkpoint
+from server.registry import RunRecord, SiteRow
+from server.summary import final_round
+from shared.errors import PlanError
+from shared.metrics import Estimate
+from shared.tasks.base import Evaluation
+from shared.tasks.registry import find_task
+
+POOLED, LOCAL, SIZE_ONLY = "pooled", "local", "size_only"
+_BASELINE_LABELS = {
+    POOLED: "All data pooled, no privacy",
+    LOCAL: "Each hospital alone, no privacy (mean)",
+    SIZE_ONLY: "Nodule diameter alone, no network",
+}
+_ACRONYMS = {"auroc": "AUROC", "brier": "Brier score", "f1": "F1", "froc": "FROC", "mae": "MAE", "rmse": "RMSE"}
+_DRAWN_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Another model's metrics beside this run's; ``member`` of the group that the row above sums up."""
+
+    label: str
+    metrics: Mapping[str, Any]
+    member: bool = False
+
+    def estimate(self, metric: str) -> Estimate | None:
+        """Return one of its metrics, if known."""
+        return as_estimate(self.metrics.get(metric))
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A run's record with what follows from it."""
+
+    record: RunRecord
+    checkpoint: Checkpoint | None
+
+    @cached_property
+    def evaluation(self) -> Evaluation | None:
+        """The held-out evaluation of the saved model."""
+        final = final_round(self.record, self.checkpoint)
+        return final.evaluation if final else None
+
+    @cached_property
+    def metric(self) -> str:
+        """The task's primary metric, or the first there is if this version does not know the task."""
+        measured = self.evaluation.metrics if self.evaluation else {}
+        try:
+            primary = find_task(self.record.plan.task).metric
+        except PlanError:
+            return next(iter(measured), "")
+        return primary if primary in measured or not measured else next(iter(measured))
+
+    @cached_property
+    def ours(self) -> Estimate | None:
+        """The saved model's primary metric; ``None`` where nothing was validated or it is undefined."""
+        return as_estimate(self.evaluation.metrics.get(self.metric)) if self.evaluation else None
+
+    @cached_property
+    def history(self) -> dict[int, Estimate]:
+        """The primary metric by round, where there is one."""
+        judged = {
+            row.round: as_estimate(row.evaluation.metrics.get(self.metric))
+            for row in self.record.rounds
+            if row.evaluation
+        }
+        return {number: value for number, value in judged.items() if value}
+
+    @cached_property
+    def baselines(self) -> tuple[Baseline, ...]:
+        """The models to compare with, in the order in which they were noted."""
+        noted = self.record.notes.get("baselines")
+        found = []
+        for name, metrics in noted.items() if isinstance(noted, Mapping) else ():
+            if not isinstance(metrics, Mapping):
+                continue
+            found.append(Baseline(_BASELINE_LABELS.get(name, humanise(name)), metrics))
+            by_site = metrics.get("by_site")
+            members = by_site.items() if isinstance(by_site, Mapping) else ()
+            found += [Baseline(f"{site} alone", part, True) for site, part in members if isinstance(part, Mapping)]
+        return tuple(found)
+
+    @cached_property
+    def accepted(self) -> tuple[SiteRow, ...]:
+        """The sites that took part."""
+        return tuple(row for row in self.record.sites if row.refused is None)
+
+    @cached_property
+    def spent(self) -> dict[str, float]:
+        """Epsilon by site, of those that took part."""
+        return {row.site: self.record.plan.epsilon(self.record.rounds_of(row.site)) for row in self.accepted}
+
+    @property
+    def most_spent(self) -> float:
+        """The largest epsilon of any site."""
+        return max(self.spent.values(), default=0.0)
+
+    @cached_property
+    def guaranteed(self) -> bool:
+        """Whether the plan's noise is enough for any finite epsilon."""
+        return math.isfinite(self.record.plan.epsilon(1))
+
+    @cached_property
+    def drawn_rounds(self) -> list[int]:
+        """The rounds at which epsilon is drawn: all of a short run, evenly spaced ones of a long one."""
+        last = self.record.rounds_completed
+        return sorted({round(last * step / _DRAWN_STEPS) for step in range(_DRAWN_STEPS + 1)})
+
+    def spending(self) -> dict[tuple[str, ...], list[float]]:
+        """Return epsilon after each of ``drawn_rounds``, for each group of sites that spent the same."""
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for row in self.accepted:
+            counts = tuple(self.record.rounds_of(row.site, number) for number in self.drawn_rounds)
+            groups.setdefault(counts, []).append(row.site)
+        return {
+            tuple(sites): [self.record.plan.epsilon(count) for count in counts] for counts, sites in groups.items()
+        }
+
+
+def as_estimate(value: object) -> Estimate | None:
+    """Return a metric in any of its forms as an estimate; ``None`` if there is no number in it."""
+    if isinstance(value, Mapping):
+        low, high = (_float(value.get(name)) for name in ("low", "high"))
+        value = Estimate(_float(value.get("value")), low, high)
+    elif not isinstance(value, Estimate):
+        value = Estimate(_float(value), math.nan, math.nan)
+    return None if math.isnan(value.value) else value
+
+
+def humanise(name: str) -> str:
+    """Return an identifier as people write it."""
+    return _ACRONYMS.get(name, name.replace("_", " ").replace("-", " ").capitalize())
+
+
+def _float(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan

@@ -1,0 +1,201 @@
+"""The report on the model: how good it is, and compared with what."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from server.findings import Baseline, Findings, as_estimate, humanise
+from server.markup import (
+    UNKNOWN,
+    Markup,
+    count,
+    join,
+    number,
+    paragraph,
+    section,
+    table,
+    tag,
+)
+from server.plots import calibration, convergence, figure, roc
+from shared.metrics import Estimate
+from shared.tasks.base import Evaluation
+from shared.tasks.ct_nodules import VENDORS
+
+
+def quality(findings: Findings) -> Markup:
+    """Return how good the saved model is on the held-out set."""
+    evaluation = findings.evaluation
+    if evaluation is None:
+        return Markup()
+    details = evaluation.details
+    figures = []
+    if findings.history:
+        figures.append(_convergence(findings))
+    if _drawable(details.get("roc"), "fpr", "tpr"):
+        plot = roc(details["roc"], _operating_point(details.get("confusion")))
+        figures.append(
+            figure("ROC curve", plot, "All thresholds at once: the closer to the top left, the better.")
+        )
+    if _drawable(details.get("calibration"), "predicted", "observed"):
+        caption = "Where the line lies on the diagonal, a predicted 70% comes true in 70% of cases."
+        figures.append(figure("Calibration", calibration(details["calibration"]), caption))
+    matrix = _confusion(details["confusion"]) if details.get("confusion") else Markup()
+    figures.append(tag("div", matrix, _metrics(evaluation)))
+    return section(
+        "How good the model is",
+        _cases(details),
+        tag("div", *figures, class_="figures"),
+        _groups(findings),
+    )
+
+
+def _metrics(evaluation: Evaluation) -> Markup:
+    estimates = {name: as_estimate(value) for name, value in evaluation.metrics.items()}
+    content = table(
+        ("Metric", "Value", "95% interval"),
+        [
+            (humanise(name), number(estimate.value if estimate else None), _interval(estimate))
+            for name, estimate in estimates.items()
+        ],
+        caption="The final model on the held-out set",
+    )
+    return tag("figure", tag("h3", "All metrics"), content)
+
+
+def comparison(findings: Findings) -> Markup:
+    """Return this run's model beside the baselines, with intervals on one scale."""
+    title = "Compared with what there would be without it"
+    if not findings.baselines or not findings.metric:
+        return section(
+            title, paragraph("No baselines were trained in this run, so there is nothing to compare with.")
+        )
+    metric = findings.metric
+    label = f"This model: federated, {'private' if findings.guaranteed else 'no privacy'}"
+    ours = Baseline(label, findings.evaluation.metrics if findings.evaluation else {})
+    everyone = (ours, *findings.baselines)
+    low, high = _scale([estimate for row in everyone if (estimate := row.estimate(metric))])
+    scale = tag("span", tag("span", f"{low:g}"), tag("span", f"{high:g}"), class_="scale")
+    rows = []
+    for row in everyone:
+        estimate = row.estimate(metric)
+        accuracy = as_estimate(row.metrics.get("accuracy"))
+        rows.append(
+            (
+                tag("strong", row.label) if row is ours else f"\u2003{row.label}" if row.member else row.label,
+                number(estimate.value if estimate else None),
+                _interval(estimate),
+                _strip(estimate, low, high, row is ours),
+                number(accuracy.value if accuracy else None),
+            )
+        )
+    return section(
+        title,
+        table(
+            ("Model", humanise(metric), "95% interval", scale, "Accuracy"),
+            rows,
+            left=(0, 3),
+            caption="Held-out set, the same for all. Dot: value; bar: 95% interval.",
+        ),
+    )
+
+
+def _convergence(findings: Findings) -> Markup:
+    levels = {
+        row.label: estimate.value
+        for row in findings.baselines
+        if not row.member and (estimate := row.estimate(findings.metric))
+    }
+    history = findings.history
+    plot = convergence(humanise(findings.metric), list(history), list(history.values()), levels)
+    return figure("Round by round", plot, "Round 0 is the start. Level lines: the baselines.")
+
+
+def _drawable(curve: Mapping[str, Sequence[float | None]] | None, *axes: str) -> bool:
+    """Whether a curve has two points or more, none of them undefined."""
+    return curve is not None and all(
+        len(curve.get(axis, ())) > 1 and not any(as_estimate(value) is None for value in curve[axis])
+        for axis in axes
+    )
+
+
+def _operating_point(confusion: Sequence[Sequence[int]] | None) -> tuple[float, float] | None:
+    if confusion is None or len(confusion) != 2 or not all(sum(row) for row in confusion):
+        return None
+    (negatives, false_alarms), (misses, hits) = confusion
+    return false_alarms / (negatives + false_alarms), hits / (misses + hits)
+
+
+def _confusion(matrix: Sequence[Sequence[int]]) -> Markup:
+    names = ("negative", "positive") if len(matrix) == 2 else tuple(f"class {i}" for i in range(len(matrix)))
+    rows = []
+    for name, cases in zip(names, matrix, strict=True):
+        whole = sum(cases)
+        # At most 45% of blue, so that the text keeps its contrast in light and dark.
+        shares = [case / whole if whole else 0.0 for case in cases]
+        cells = [
+            tag(
+                "span",
+                count(case),
+                tag("small", f"{share:.0%}"),
+                class_="shade",
+                style=f"--share: {45 * share:.0f}%",
+            )
+            for case, share in zip(cases, shares, strict=True)
+        ]
+        rows.append((f"Truly {name}", *cells))
+    content = table(("", *(f"Called {name}" for name in names)), rows, caption="Cases, and the share of their row")
+    return tag("figure", tag("h3", "Confusion matrix"), content, class_="confusion")
+
+
+def _groups(findings: Findings) -> Markup:
+    groups = findings.evaluation.by_group if findings.evaluation else {}
+    if not groups or not findings.evaluation:
+        return Markup()
+    names = list(dict.fromkeys(name for values in groups.values() for name in values))
+    vendors = set(groups) <= set(VENDORS)
+    rows = [
+        (group, *(number(values.get(name), 3 if name in findings.evaluation.metrics else 0) for name in names))
+        for group, values in groups.items()
+    ]
+    header = ("Scanner vendor" if vendors else "Group", *(humanise(name) for name in names))
+    caption = "By scanner vendor" if vendors else "By group"
+    note = paragraph(f"“{UNKNOWN}”: undefined, as where only one class is present. Small groups vary by chance.")
+    return join([table(header, rows, caption=caption), note])
+
+
+def _cases(details: Mapping[str, object]) -> Markup:
+    cases, positives = details.get("cases"), details.get("positives")
+    if not isinstance(cases, int):
+        return Markup()
+    of_them = f", {positives:,} of them positive" if isinstance(positives, int) else ""
+    return paragraph(f"Judged on {cases:,} held-out cases{of_them}, of patients that no hospital trained on.")
+
+
+def _interval(estimate: Estimate | None) -> str:
+    if estimate is None or math.isnan(estimate.low) or math.isnan(estimate.high):
+        return UNKNOWN
+    return f"{number(estimate.low)} to {number(estimate.high)}"
+
+
+def _scale(estimates: Sequence[Estimate]) -> tuple[float, float]:
+    """Return round ends that hold every value and interval."""
+    values = [v for e in estimates for v in (e.value, e.low, e.high) if math.isfinite(v)]
+    if not values:
+        return 0.0, 1.0
+    step = 10.0 ** math.floor(math.log10(max(max(values) - min(values), 1e-3)))
+    low, high = math.floor(min(values) / step) * step, math.ceil(max(values) / step) * step
+    return low, max(high, low + step)
+
+
+def _strip(estimate: Estimate | None, low: float, high: float, ours: bool) -> str:
+    """Return a dot and its interval on the scale; the numbers beside it say the same to a screen reader."""
+    if estimate is None or not math.isfinite(estimate.value):
+        return UNKNOWN
+
+    def percent(value: float) -> float:
+        return 100 * (value - low) / (high - low)
+
+    marks = [tag("i", class_="value", style=f"left: {percent(estimate.value):.1f}%")]
+    if math.isfinite(estimate.low) and math.isfinite(estimate.high):
+        left, right = percent(estimate.low), percent(estimate.high)
+        marks.insert(0, tag("i", class_="range", style=f"left: {left:.1f}%; width: {right - left:.1f}%"))
+    return tag("span", *marks, class_="strip ours" if ours else "strip", aria_hidden="true")

@@ -1,0 +1,91 @@
+"""The machine-readable result of a run: ``summary.json``, a pure function of the registry."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from server.checkpoints import Checkpoint
+from server.registry import RoundRow, RunRecord, SiteRow, finite
+from shared.files import write_atomic
+from shared.plan import RANDOM_START
+
+
+def summarise(record: RunRecord, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """Return what others script against, as plain JSON values.
+
+    What is not finite is ``null``: a metric that could not be computed, or the epsilon of a run without noise.
+
+    Args:
+        record: The run as registered.
+        checkpoint: The latest saved model, if there is one.
+    """
+    final = final_round(record, checkpoint)
+    evaluation = final.evaluation if final else None
+    summary = {
+        "task": record.plan.task,
+        "run": record.run,
+        "status": record.status,
+        "rounds_completed": record.rounds_completed,
+        "seed": record.plan.seed,
+        "plan_digest": record.plan.digest,
+        "sites": [_site(record, row) for row in record.sites],
+        "metrics": evaluation.metrics if evaluation else {},
+        "by_group": evaluation.by_group if evaluation else {},
+        "baselines": record.notes.get("baselines") or {},
+        "timings": timings(record),
+        "peak_rss_mib": record.notes.get("peak_rss_mib"),
+        "start": start(record),
+        "data": record.notes.get("data"),
+        "checkpoint": {"path": str(checkpoint.path), "sha256": checkpoint.sha256} if checkpoint else None,
+    }
+    plain: dict[str, Any] = finite(summary)
+    return plain
+
+
+def write_summary(path: Path, record: RunRecord, checkpoint: Checkpoint | None) -> None:
+    """Write :func:`summarise` to ``path`` atomically, as strict JSON.
+
+    Raises:
+        StorageError: If the file cannot be written.
+    """
+    text = json.dumps(summarise(record, checkpoint), indent=2, allow_nan=False)
+    write_atomic(path, f"{text}\n".encode())
+
+
+def final_round(record: RunRecord, checkpoint: Checkpoint | None) -> RoundRow | None:
+    """Return the round whose model the checkpoint holds.
+
+    A crash can leave one more round registered than saved; its metrics belong to no model that exists.
+    """
+    rows = [row for row in record.rounds if checkpoint is None or row.round <= checkpoint.round]
+    return rows[-1] if rows else None
+
+
+def start(record: RunRecord) -> str:
+    """Return in words what the run started from."""
+    fallback = "random weights" if record.plan.init == RANDOM_START else f"public checkpoint {record.plan.init}"
+    return str(record.notes.get("start") or fallback)
+
+
+def timings(record: RunRecord) -> dict[str, Any]:
+    """Return seconds: as measured around the run if that was noted, else the sum of what was registered."""
+    noted = record.notes.get("timings")
+    measured = noted if isinstance(noted, Mapping) else {}
+    return {
+        "total_s": measured.get("total_s", sum(row.seconds for row in record.rounds)),
+        "setup_s": measured.get("setup_s", sum(row.seconds for row in record.rounds if row.round < 1)),
+        "round_s": [row.seconds for row in record.rounds if row.round >= 1],
+    }
+
+
+def _site(record: RunRecord, row: SiteRow) -> dict[str, Any]:
+    rounds = record.rounds_of(row.site)
+    return {
+        "name": row.site,
+        "declared_patients": row.declared_patients,
+        "epsilon": record.plan.epsilon(rounds),
+        "delta": record.plan.delta,
+        "rounds": rounds,
+        "refused": row.refused,
+    }

@@ -1,0 +1,85 @@
+"""What the federation is compared with: all patients pooled without privacy, each hospital alone, size alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator, nn
+from torch.optim import Adam
+
+from client.training import preferred_device
+from shared.dp.step import OrdinaryStep
+from shared.metrics import Estimate
+from shared.records import RecordStore
+from shared.tasks.base import Evaluation, Task
+from shared.tasks.nodule_classification import judge_nodules
+from shared.tasks.registry import find_task
+from simulations.sites import merge_stores
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a baseline trains: Adam with a falling rate, on batches of patients."""
+
+    steps: int = 300
+    patients: int = 48
+    records_per_patient: int = 2
+    learning_rate: float = 1e-3
+
+
+def train_alone(task_name: str, stores: Sequence[Path], heldout: Path, seed: int) -> Evaluation:
+    """Train on the patients of ``stores`` together, without privacy, and judge on ``heldout``."""
+    torch.set_num_threads(1)
+    task = find_task(task_name)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = task.build().to(preferred_device())
+    _fit(task, model, merge_stores([RecordStore.open(path) for path in stores]), Schedule(), seed)
+    model.eval()
+    return task.evaluate(model, RecordStore.open(heldout))
+
+
+def _fit(task: Task, model: nn.Module, store: RecordStore, schedule: Schedule, seed: int) -> None:
+    generator = Generator().manual_seed(seed)
+    optimizer = Adam(model.parameters(), lr=schedule.learning_rate)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.steps)
+    step = OrdinaryStep(model, optimizer, task.loss)
+    patients = task.load(store)
+    for _ in range(schedule.steps):
+        chosen = torch.randint(len(patients), (schedule.patients,), generator=generator)
+        step(patients.draw(chosen, schedule.records_per_patient, generator).to(preferred_device()))
+        decay.step()
+
+
+def size_only(heldout: RecordStore) -> Evaluation | None:
+    """Judge the annotated diameter as if it were a model's score; ``None`` where data has no diameter."""
+    if "diameter_mm" not in heldout.arrays:
+        return None
+    return judge_nodules(heldout, np.asarray(heldout.arrays["diameter_mm"], np.float64))
+
+
+def describe(
+    pooled: Evaluation, local: dict[str, Evaluation], size: Evaluation | None, metric: str
+) -> dict[str, Any]:
+    """Return the baselines as the registry keeps them."""
+    baselines: dict[str, Any] = {
+        "pooled": dict(pooled.metrics),
+        "local": {
+            **{name: fmean(evaluation.value(name) for evaluation in local.values()) for name in pooled.metrics},
+            metric: mean_estimate([evaluation.metrics[metric] for evaluation in local.values()]),
+            "by_site": {site: dict(evaluation.metrics) for site, evaluation in local.items()},
+        },
+    }
+    if size is not None:
+        baselines["size_only"] = {metric: size.metrics[metric]}
+    return baselines
+
+
+def mean_estimate(estimates: Sequence[float | Estimate]) -> Estimate:
+    """Return the mean of several hospitals' figures, with the lowest and highest of them as the range."""
+    values = [estimate.value if isinstance(estimate, Estimate) else estimate for estimate in estimates]
+    return Estimate(fmean(values), min(values), max(values))

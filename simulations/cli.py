@@ -1,0 +1,181 @@
+"""``fedward-sim``: the researcher's command. What is heavy is imported by the command that needs it."""
+
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from shared.errors import FederationError, StorageError
+
+_CONSOLE = Console()
+_EXAMPLES = """
+Examples:
+
+  fedward-sim run --task nodule-classification --out runs/first
+
+  fedward-sim run --task nodule-classification --epsilon 4 --seed 7 --baselines --out runs/eps4
+
+  fedward-sim run --task nodule-classification --data hospital-a --data hospital-b --out runs/mine
+
+  fedward-sim run --resume runs/first
+"""
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Simulate a federation of hospitals on this machine.",
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Simulate a federation of hospitals on this machine."""
+
+
+@app.command(epilog=_EXAMPLES)
+def run(
+    task: Annotated[str, typer.Option(help="What to train.")] = "nodule-classification",
+    sites: Annotated[int, typer.Option(min=1, help="How many hospitals to generate.")] = 4,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Aggregations. Default: the task's.")] = None,
+    epsilon: Annotated[float, typer.Option(help="Privacy each patient is promised; 'inf' trains without.")] = 8.0,
+    delta: Annotated[float | None, typer.Option(help="Default: a tenth of 1/declared patients.")] = None,
+    max_epsilon: Annotated[float | None, typer.Option(help="The hospitals' own cap. Default: epsilon.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same weights.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="New folder for everything the run writes.")] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="A raw or prepared hospital; repeat for each.")] = None,
+    heldout: Annotated[
+        Path | None, typer.Option(help="Prepared held-out patients. Default: a fifth of each hospital's.")
+    ] = None,
+    partition: Annotated[str, typer.Option(help="'vendors' or 'dirichlet'.")] = "vendors",
+    alpha: Annotated[float, typer.Option(help="Dirichlet concentration: smaller is more skewed.")] = 1.0,
+    patients_per_site: Annotated[int | None, typer.Option(min=1, help="Generate this many each.")] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Also train pooled and local-only models.")
+    ] = False,
+    backend: Annotated[str, typer.Option(help="'local' (worker processes) or 'ray'.")] = "local",
+    ray_address: Annotated[str | None, typer.Option(help="A Ray cluster that is already there.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Worker processes. Default: the cores.")] = None,
+    init: Annotated[Path | None, typer.Option(help="Start from a public checkpoint (costs no privacy).")] = None,
+    patience: Annotated[int | None, typer.Option(min=0, help="Stop after so many rounds without gain.")] = None,
+    local_steps: Annotated[int | None, typer.Option(min=1, help="Steps a site takes each round.")] = None,
+    sample_rate: Annotated[float | None, typer.Option(help="Probability of a patient joining a step.")] = None,
+    records_per_patient: Annotated[int | None, typer.Option(min=1, help="Records drawn per patient.")] = None,
+    max_grad_norm: Annotated[float | None, typer.Option(help="Bound on a patient's gradient.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="'sgd' or 'adam'.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the sites' optimizer.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="Of sgd.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+) -> None:
+    """Run a federation to its end and write summary.json and report.html."""
+    from simulations.display import Display
+    from simulations.run import Simulation, start
+    from simulations.run import resume as go_on
+
+    display = Display(_CONSOLE)
+    if resume is not None:
+        _show(go_on(Simulation.load(resume), resume, display), resume)
+        return
+    if out is None:
+        raise StorageError("Say with --out where the run's folder shall be.")
+    fields = {
+        "rounds": rounds,
+        "patience": patience,
+        "local_steps": local_steps,
+        "sample_rate": sample_rate,
+        "records_per_patient": records_per_patient,
+        "max_grad_norm": max_grad_norm,
+        "optimizer": optimizer,
+        "learning_rate": learning_rate,
+        "momentum": momentum,
+        "init": _sha256(init),
+    }
+    simulation = Simulation(
+        task=task,
+        sites=len(data) if data else sites,
+        epsilon=epsilon,
+        delta=delta,
+        max_epsilon=max_epsilon,
+        seed=seed,
+        data=tuple(str(folder.resolve()) for folder in data or ()),
+        heldout=str(heldout.resolve()) if heldout else None,
+        partition=partition,
+        alpha=alpha,
+        patients_per_site=patients_per_site,
+        baselines=baselines,
+        backend=backend,
+        ray_address=ray_address,
+        workers=workers or os.cpu_count() or 1,
+        init=str(init.resolve()) if init else None,
+        plan={name: value for name, value in fields.items() if value is not None},
+    )
+    _show(start(simulation, out, display), out)
+
+
+@app.command()
+def generate(
+    out: Annotated[Path, typer.Option(help="New folder; one sub-folder per hospital.")],
+    task: Annotated[str, typer.Option(help="Whose data to make.")] = "nodule-classification",
+    sites: Annotated[int, typer.Option(min=1, help="How many hospitals.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same files.")] = 0,
+    partition: Annotated[str, typer.Option(help="'vendors' or 'dirichlet'.")] = "vendors",
+    alpha: Annotated[float, typer.Option(help="Dirichlet concentration: smaller is more skewed.")] = 1.0,
+    patients_per_site: Annotated[int | None, typer.Option(min=1, help="Default: all LIDC patients.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: the cores.")] = None,
+) -> None:
+    """Write the hospitals' raw files only: DICOM and annotations.csv."""
+    from simulations.display import Display
+    from simulations.sources import find_source
+
+    source = find_source(task)
+    with Display(_CONSOLE).phase("Generating hospitals") as report:
+        folders = source.generate(
+            out,
+            sites=sites,
+            seed=seed,
+            patients_per_site=patients_per_site,
+            partition=partition,
+            alpha=alpha,
+            workers=workers or os.cpu_count() or 1,
+            on_progress=report,
+        )
+    for folder in folders:
+        _CONSOLE.print(str(folder), highlight=False)
+
+
+def _sha256(checkpoint: Path | None) -> str | None:
+    if checkpoint is None:
+        return None
+    import hashlib
+
+    from shared.files import storage_errors
+
+    with storage_errors(checkpoint):
+        return hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+
+
+def _show(summary: dict[str, Any], out: Path) -> None:
+    spent = [site["epsilon"] for site in summary["sites"] if site["refused"] is None]
+    privacy = "no privacy" if None in spent else f"epsilon {max(spent, default=0.0):.2f}"
+    metrics = summary["metrics"]
+    name, value = next(iter(metrics.items()), ("nothing validated", math.nan))
+    number = value["value"] if isinstance(value, dict) else value
+    _CONSOLE.print(f"{summary['rounds_completed']} rounds, held-out {name} {number:.3f}, {privacy}")
+    _CONSOLE.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command; deliberate errors become one sentence and exit code 1."""
+    try:
+        app()
+    except FederationError as error:
+        Console(stderr=True).print(
+            f"fedward-sim: {error}", style="red", highlight=False, soft_wrap=True, markup=False
+        )
+        sys.exit(1)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Stopped. Go on with: fedward-sim run --resume OUT", highlight=False)
+        sys.exit(130)

@@ -1,0 +1,1 @@
+"""Simulated hospitals' raw exports, for demonstrations, tests and studies."""

@@ -1,0 +1,71 @@
+"""The same apps on Flower's simulation engine, which runs nodes as Ray actors on one machine or a cluster."""
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from flwr.app import ConfigRecordValues, Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.simulation import run_simulation
+
+import server.app
+
+BackendInit = dict[str, ConfigRecordValues]
+
+
+class _SiteApp(ClientApp):
+    """The real ``ClientApp``, told by the partition number which site's folder it serves."""
+
+    def __init__(self, folders: Sequence[str]) -> None:
+        super().__init__()
+        self._folders = folders
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Answer one message inside a Ray actor."""
+        import torch  # noqa: PLC0415 - inside the actor
+
+        from client.app import SITE_FOLDER, app  # noqa: PLC0415 - inside the actor
+
+        torch.set_num_threads(1)
+        context.node_config[SITE_FOLDER] = self._folders[int(context.node_config["partition-id"])]
+        return app(message, context)
+
+
+def run_on_ray(folders: Sequence[Path], config: Mapping[str, str], workers: int, address: str | None) -> None:
+    """Run the job that ``config`` describes with one Ray actor per CPU.
+
+    Args:
+        folders: The sites' folders; on a cluster, on a file system that all machines share.
+        config: The ServerApp's run configuration.
+        workers: CPUs to give a Ray started here.
+        address: A Ray cluster that is already there.
+    """
+    app = ServerApp()
+    failures: list[Exception] = []
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        context.run_config.update(config)
+        try:
+            server.app.app(grid, context)
+        except Exception as error:
+            failures.append(error)
+
+    init: BackendInit = {"address": address} if address else {"num_cpus": workers}
+    here = Path.cwd()
+    with tempfile.TemporaryDirectory() as neutral:
+        # Ray's workers import from the current folder first, where another `client` may lie.
+        os.chdir(neutral)
+        try:
+            run_simulation(
+                server_app=app,
+                client_app=_SiteApp([str(folder) for folder in folders]),
+                num_supernodes=len(folders),
+                backend_config={"init_args": init, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+            )
+        finally:
+            os.chdir(here)
+    if failures:
+        raise failures[0]

@@ -1,0 +1,259 @@
+"""A whole federation on one machine, from raw hospitals to the report; every step can be taken up again.
+
+OUT/simulation.json   what was asked for
+OUT/data/             raw hospitals, where they were generated
+OUT/sites/NAME/       each hospital's folder: policy, store, ledger
+OUT/heldout/          the server's reference patients
+OUT/plan.json         the plan, with its digest and epsilon
+OUT/server/           registry and checkpoints
+OUT/summary.json, OUT/report.html
+"""
+
+import json
+import logging
+import os
+import resource
+import time
+from collections.abc import Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context, RecordDict, UserConfig
+
+from server.checkpoints import latest_checkpoint
+from server.registry import Registry, finite
+from server.report import write_report
+from server.summary import summarise, write_summary
+from shared.drafting import draft_plan
+from shared.errors import PlanError, StorageError
+from shared.files import storage_errors, write_atomic
+from shared.plan import RunPlan
+from shared.records import RecordStore
+from shared.tasks.registry import find_task
+from simulations.baselines import describe, size_only, train_alone
+from simulations.display import Display
+from simulations.grid import LocalGrid, worker_pool
+from simulations.sites import Federation, prepare_federation, write_policies
+from simulations.sources import find_source
+
+RUN = "simulation"
+BACKENDS = ("local", "ray")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulation:
+    """What a researcher asks for; see ``fedward-sim run --help``."""
+
+    task: str
+    sites: int = 4
+    epsilon: float = 8.0
+    delta: float | None = None
+    max_epsilon: float | None = None
+    seed: int = 0
+    data: tuple[str, ...] = ()
+    heldout: str | None = None
+    partition: str = "vendors"
+    alpha: float = 1.0
+    patients_per_site: int | None = None
+    baselines: bool = False
+    backend: str = "local"
+    ray_address: str | None = None
+    workers: int = 1
+    init: str | None = None
+    plan: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        find_source(self.task)
+        if self.sites < 1 or self.workers < 1:
+            raise PlanError("A simulation needs at least one site and one worker.")
+        if self.backend not in BACKENDS:
+            raise PlanError(f"The backend must be one of {', '.join(BACKENDS)}, not {self.backend!r}.")
+
+    def save(self, out: Path) -> None:
+        """Write ``simulation.json``; the infinite epsilon is written as text, since JSON has none."""
+        values = {**asdict(self), "epsilon": str(self.epsilon)}
+        write_atomic(out / "simulation.json", json.dumps(values, indent=1).encode())
+
+    @classmethod
+    def load(cls, out: Path) -> "Simulation":
+        """Read what an earlier call saved.
+
+        Raises:
+            StorageError: If there is nothing to resume.
+        """
+        try:
+            values = json.loads((out / "simulation.json").read_bytes())
+            return cls(**{**values, "epsilon": float(values["epsilon"]), "data": tuple(values["data"])})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise StorageError(f"There is no simulation to resume in {out}.") from error
+
+
+def start(simulation: Simulation, out: Path, display: Display) -> dict[str, Any]:
+    """Begin a simulation in an empty or new folder and return its summary.
+
+    Raises:
+        StorageError: If ``out`` holds a simulation already or cannot be written.
+        FederationError: Whatever stops the run.
+    """
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    if (out / "simulation.json").exists():
+        raise StorageError(f"{out} holds a simulation already: go on with --resume {out}, or give another --out.")
+    simulation.save(out)
+    return resume(simulation, out, display)
+
+
+def resume(simulation: Simulation, out: Path, display: Display) -> dict[str, Any]:
+    """Carry a simulation from wherever it stands to its end; see :func:`start`."""
+    began = time.monotonic()
+    out = out.resolve()
+    _quiet()
+    with ExitStack() as stack:
+        local_workers = simulation.workers if simulation.backend == "local" else 1
+        pool = stack.enter_context(worker_pool(local_workers))
+        federation = Federation.open(out) or _prepare(simulation, out, display)
+        plan = _plan(simulation, federation, out)
+        cap = simulation.epsilon if simulation.max_epsilon is None else simulation.max_epsilon
+        write_policies(federation, task=plan.task, max_epsilon=cap, seed=simulation.seed)
+        registry = Registry(_folder(out) / "registry.sqlite")
+        setup_s = time.monotonic() - began
+        _note_origin(registry, simulation, plan)
+        try:
+            with display.watch(registry, RUN, plan):
+                _run_server(simulation, federation, plan, out, LocalGrid(federation.sites, pool))
+            if simulation.baselines and "baselines" not in registry.read(RUN).notes:
+                registry.add_note(RUN, "baselines", _baselines(simulation, federation, pool, display))
+        finally:
+            summary = _finish(registry, out, setup_s, time.monotonic() - began)
+    return summary
+
+
+def _folder(out: Path) -> Path:
+    folder = out / "server"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _prepare(simulation: Simulation, out: Path, display: Display) -> Federation:
+    raw = tuple(Path(folder) for folder in simulation.data)
+    if not raw:
+        with display.phase("Generating hospitals") as report:
+            raw = find_source(simulation.task).generate(
+                out / "data",
+                sites=simulation.sites,
+                seed=simulation.seed,
+                patients_per_site=simulation.patients_per_site,
+                partition=simulation.partition,
+                alpha=simulation.alpha,
+                workers=simulation.workers,
+                on_progress=report,
+            )
+    with display.phase("Intake") as report:
+        return prepare_federation(
+            out,
+            raw,
+            task=simulation.task,
+            seed=simulation.seed,
+            heldout=Path(simulation.heldout) if simulation.heldout else None,
+            workers=simulation.workers,
+            report=lambda _stage, done, total: report(done, total),
+        )
+
+
+def _plan(simulation: Simulation, federation: Federation, out: Path) -> RunPlan:
+    path = out / "plan.json"
+    if path.exists():
+        values = json.loads(path.read_bytes())
+        return RunPlan.from_mapping({k: v for k, v in values.items() if k not in ("digest", "epsilon")})
+    overrides = {"min_sites": 1, "seed": simulation.seed, **simulation.plan}
+    plan = draft_plan(
+        simulation.task,
+        epsilon=simulation.epsilon,
+        delta=simulation.delta or federation.delta,
+        overrides=overrides,
+    )
+    values = finite({**asdict(plan), "digest": plan.digest, "epsilon": plan.epsilon()})
+    write_atomic(path, json.dumps(values, indent=1).encode())
+    return plan
+
+
+def _note_origin(registry: Registry, simulation: Simulation, plan: RunPlan) -> None:
+    registry.begin(RUN, plan)
+    origin = "Data given by the researcher." if simulation.data else find_source(simulation.task).origin
+    registry.add_note(RUN, "data", origin)
+    start_note = (
+        f"public checkpoint {simulation.init} (SHA-256 {plan.init})" if simulation.init else "random weights"
+    )
+    registry.add_note(RUN, "start", start_note)
+
+
+def _run_server(simulation: Simulation, federation: Federation, plan: RunPlan, out: Path, grid: LocalGrid) -> None:
+    config = {
+        "run": RUN,
+        "plan": plan.to_json(),
+        "folder": str(_folder(out)),
+        "heldout": str(federation.heldout),
+        **({"start": simulation.init} if simulation.init else {}),
+    }
+    if simulation.backend == "ray":
+        from simulations.ray_backend import run_on_ray  # noqa: PLC0415 - Ray takes seconds to import
+
+        run_on_ray(federation.sites, config, simulation.workers, simulation.ray_address)
+        return
+    from server.app import app  # noqa: PLC0415 - beside its Ray twin
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        app(grid, Context(1, 1, {}, RecordDict(), UserConfig(config)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _baselines(
+    simulation: Simulation, federation: Federation, pool: Executor | None, display: Display
+) -> dict[str, Any]:
+    """Train pooled and local-only models, on the workers if there are any."""
+    metric = find_task(simulation.task).metric
+    stores = {name: folder / "store" for name, folder in zip(federation.names, federation.sites, strict=True)}
+    jobs = {"pooled": list(stores.values()), **{name: [store] for name, store in stores.items()}}
+    with display.phase("Baselines") as report, ExitStack() as stack:
+        executor = pool or stack.enter_context(ThreadPoolExecutor(1))
+        futures: dict[str, Future[Any]] = {
+            name: executor.submit(train_alone, simulation.task, paths, federation.heldout, simulation.seed)
+            for name, paths in jobs.items()
+        }
+        results = {}
+        for done, (name, future) in enumerate(futures.items(), start=1):
+            results[name] = future.result()
+            report(done, len(futures))
+    pooled = results.pop("pooled")
+    return describe(pooled, results, size_only(RecordStore.open(federation.heldout)), metric)
+
+
+def _finish(registry: Registry, out: Path, setup_s: float, total_s: float) -> dict[str, Any]:
+    """Write summary and report of whatever there is, a failed run included."""
+    earlier = registry.read(RUN).notes.get("timings", {"total_s": 0.0, "setup_s": 0.0})
+    registry.add_note(
+        RUN,
+        "timings",
+        {"total_s": earlier["total_s"] + total_s, "setup_s": earlier["setup_s"] + setup_s},
+    )
+    kib = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    registry.add_note(RUN, "peak_rss_mib", round(kib / 1024, 1))
+    record = registry.read(RUN)
+    checkpoint = latest_checkpoint(out / "server" / "checkpoints")
+    write_summary(out / "summary.json", record, checkpoint)
+    write_report(out / "report.html", record, checkpoint)
+    return summarise(record, checkpoint)
+
+
+def _quiet() -> None:
+    """Flower reports to a vendor and to the terminal unless told not to."""
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    logging.getLogger("flwr").setLevel(logging.ERROR)

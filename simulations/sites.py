@@ -1,0 +1,160 @@
+"""Site folders for a simulation: raw hospitals → prepared stores → training patients and held-out patients."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from client.config import SitePolicy
+from shared.drafting import DELTA_SHARE
+from shared.errors import FederationError, IntakeError, StorageError
+from shared.files import write_atomic
+from shared.records import RecordStore, write_store
+from simulations.sources import Progress, find_source
+
+HELDOUT_SHARE = 0.2
+_COARSE = 10
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A simulation's prepared hospitals.
+
+    Attributes:
+        names: Site names.
+        declared_patients: Their public numbers of patients.
+        folder: Holds ``sites/NAME`` and ``heldout``.
+    """
+
+    names: tuple[str, ...]
+    declared_patients: tuple[int, ...]
+    folder: Path
+
+    @property
+    def sites(self) -> tuple[Path, ...]:
+        """The sites' folders."""
+        return tuple(self.folder / "sites" / name for name in self.names)
+
+    @property
+    def heldout(self) -> Path:
+        """The server's reference patients."""
+        return self.folder / "heldout"
+
+    @property
+    def delta(self) -> float:
+        """A delta below one over the number of any site's patients."""
+        return DELTA_SHARE / max(self.declared_patients)
+
+    @classmethod
+    def open(cls, folder: Path) -> "Federation | None":
+        """Return the federation prepared in ``folder``, or ``None`` if that was not finished."""
+        path = folder / "federation.json"
+        if not path.exists():
+            return None
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return cls(tuple(values["names"]), tuple(values["declared_patients"]), folder)
+
+
+def prepare_federation(
+    folder: Path,
+    raw: Sequence[Path],
+    *,
+    task: str,
+    seed: int,
+    heldout: Path | None,
+    workers: int,
+    report: Progress,
+) -> Federation:
+    """Prepare one site folder per raw or prepared hospital, and the held-out store.
+
+    Without ``heldout``, a fifth of every hospital's patients is set aside as held-out before anything is
+    trained; no patient is ever in both.
+
+    Raises:
+        FederationError: Naming the hospital's folder, if it gives no patient.
+    """
+    names = tuple(f"site-{number}" for number in range(1, len(raw) + 1))
+    declared, reserved = [], []
+    for number, (name, source) in enumerate(zip(names, raw, strict=True)):
+        # A real hospital keeps a random secret; here it must repeat, for it decides the order of the patients.
+        secret = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        store = _prepared(folder / "prepared" / name, source, task, secret, workers, report)
+        if heldout is None:
+            order = np.random.default_rng([seed, number]).permutation(len(store))
+            aside = round(len(store) * HELDOUT_SHARE)
+            reserved.append(store.subset(np.sort(order[:aside])))
+            store = store.subset(np.sort(order[aside:]))
+        _write(folder / "sites" / name / "store", store)
+        declared.append(coarse(len(store)))
+    _write(folder / "heldout", RecordStore.open(_store_folder(heldout)) if heldout else merge_stores(reserved))
+    federation = Federation(names, tuple(declared), folder)
+    write_atomic(
+        folder / "federation.json",
+        json.dumps({key: value for key, value in asdict(federation).items() if key != "folder"}).encode(),
+    )
+    return federation
+
+
+def write_policies(federation: Federation, *, task: str, max_epsilon: float, seed: int) -> None:
+    """Write each site's ``site.toml``; an infinite ``max_epsilon`` permits training without privacy."""
+    for name, declared, folder in zip(
+        federation.names, federation.declared_patients, federation.sites, strict=True
+    ):
+        SitePolicy(
+            name=name,
+            declared_patients=declared,
+            tasks=(task,),
+            max_epsilon=max_epsilon,
+            max_delta=1.0 / declared,
+            min_noise_multiplier=0.0 if np.isinf(max_epsilon) else 0.3,
+            simulation_seed=seed,
+        ).write(folder / "site.toml")
+
+
+def coarse(patients: int) -> int:
+    """Round a number of patients to a figure that a hospital may publish: to tens, at least ten."""
+    return max(_COARSE, round(patients / _COARSE) * _COARSE)
+
+
+def _prepared(
+    target: Path, source: Path, task: str, secret: bytes, workers: int, progress: Progress
+) -> RecordStore:
+    if not source.is_dir():
+        raise StorageError(f"There is no folder {source}. Give one folder per hospital.")
+    if _is_store(source):
+        return RecordStore.open(_store_folder(source))
+    try:
+        find_source(task).prepare(source, target, secret, workers, progress)
+    except FederationError as error:
+        raise IntakeError(f"The hospital in {source} cannot take part: {error}") from error
+    return RecordStore.open(target)
+
+
+def _is_store(folder: Path) -> bool:
+    return (_store_folder(folder) / "store.json").exists()
+
+
+def _store_folder(folder: Path) -> Path:
+    """A prepared hospital is a store, or a site's folder that has one."""
+    return folder / "store" if (folder / "store" / "store.json").exists() else folder
+
+
+def merge_stores(stores: Sequence[RecordStore]) -> RecordStore:
+    """Return the patients of several stores of one kind as one in-memory store."""
+    first = stores[0]
+    lengths = np.concatenate([np.diff(store.offsets) for store in stores])
+    return RecordStore(
+        kind=first.kind,
+        attributes=first.attributes,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        keys=np.concatenate([store.keys for store in stores]),
+        arrays={name: np.concatenate([store.arrays[name] for store in stores]) for name in first.arrays},
+        digest=hashlib.sha256("".join(store.digest for store in stores).encode()).hexdigest(),
+    )
+
+
+def _write(path: Path, store: RecordStore) -> None:
+    write_store(path, kind=store.kind, patients=store.items(), attributes=store.attributes)

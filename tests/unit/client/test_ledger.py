@@ -1,0 +1,185 @@
+"""The ledger: no order of crash, replay and restart lets what was released exceed what it holds."""
+
+import sqlite3
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from client.ledger import Ledger, ReleaseRequest, Reservation
+from shared.accounting import Mechanism, epsilon_of
+from shared.errors import BudgetExceeded, ErrorCode, ProtocolError, StorageError
+
+MECHANISM = Mechanism(0.5, 2.0, 3)
+DELTA = 1e-3
+CAP_RELEASES = 4
+
+
+def request(round_number: int = 1, weights: str = "w", run: str = "r", plan: str = "p") -> ReleaseRequest:
+    return ReleaseRequest(run, round_number, "task", "store", plan, f"{run}/{round_number}/{weights}", MECHANISM)
+
+
+def allow(_earlier: tuple[Mechanism, ...]) -> None:
+    """A budget without limit."""
+
+
+def cap(earlier: tuple[Mechanism, ...]) -> None:
+    if len(earlier) >= CAP_RELEASES:
+        raise BudgetExceeded("spent")
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "ledger.sqlite")
+
+
+def test_a_reservation_is_spent_before_anything_runs(ledger: Ledger) -> None:
+    ledger.reserve(request(), b"key", allow)
+    assert ledger.mechanisms() == (MECHANISM,)
+    assert ledger.epsilon(DELTA) == epsilon_of([MECHANISM], DELTA)
+
+
+def test_a_reservation_survives_a_restart_with_its_key(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.reserve(request(), b"first", allow)
+    again = Ledger(tmp_path / "ledger.sqlite").reserve(request(), b"second", allow)
+    assert again.key == b"first"
+    assert len(ledger.mechanisms()) == 1
+
+
+def test_a_committed_release_is_replayed_and_its_key_is_gone(ledger: Ledger, tmp_path: Path) -> None:
+    key = b"very-secret-key-of-this-release!"
+    ledger.commit(ledger.reserve(request(), key, allow), b"reply")
+    assert ledger.reserve(request(), b"other", allow) == Reservation(1, None, b"reply")
+    assert key not in (tmp_path / "ledger.sqlite").read_bytes()
+    assert len(ledger.mechanisms()) == 1
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_other_weights_under_the_same_round_are_refused(ledger: Ledger, committed: bool) -> None:
+    reservation = ledger.reserve(request(weights="w"), b"key", allow)
+    if committed:
+        ledger.commit(reservation, b"reply")
+    with pytest.raises(ProtocolError) as caught:
+        ledger.reserve(request(weights="changed"), b"key", allow)
+    assert caught.value.code is ErrorCode.REPLAY_MISMATCH
+
+
+def test_a_plan_changed_in_mid_run_is_refused(ledger: Ledger) -> None:
+    ledger.reserve(request(1, plan="p"), b"key", allow)
+    with pytest.raises(ProtocolError) as caught:
+        ledger.reserve(request(2, plan="q"), b"key", allow)
+    assert caught.value.code is ErrorCode.PLAN_CHANGED
+
+
+def test_only_the_latest_reply_is_kept_and_an_older_round_never_trains_again(ledger: Ledger) -> None:
+    for number in (1, 2):
+        ledger.commit(ledger.reserve(request(number), b"key", allow), b"reply")
+    with pytest.raises(ProtocolError) as caught:
+        ledger.reserve(request(1), b"key", allow)
+    assert caught.value.code is ErrorCode.REPLAY_MISMATCH
+
+
+def test_a_refused_budget_leaves_no_trace(ledger: Ledger) -> None:
+    def refuse(_earlier: tuple[Mechanism, ...]) -> None:
+        raise BudgetExceeded("no")
+
+    with pytest.raises(BudgetExceeded):
+        ledger.reserve(request(), b"key", refuse)
+    assert ledger.mechanisms() == ()
+
+
+def test_a_release_is_committed_once(ledger: Ledger) -> None:
+    reservation = ledger.reserve(request(), b"key", allow)
+    ledger.commit(reservation, b"reply")
+    with pytest.raises(ProtocolError):
+        ledger.commit(reservation, b"another")
+
+
+def test_all_runs_and_tasks_compose(ledger: Ledger) -> None:
+    for run in ("a", "b"):
+        ledger.reserve(request(run=run), b"key", allow)
+    assert ledger.epsilon(DELTA) == epsilon_of([MECHANISM] * 2, DELTA)
+    assert ledger.mechanisms(except_run="a") == (MECHANISM,)
+
+
+def test_a_damaged_ledger_fails_closed(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    path.write_bytes(b"this is no database" * 100)
+    with pytest.raises(StorageError):
+        Ledger(path)
+
+
+def test_a_ledger_that_cannot_be_written_fails_closed(ledger: Ledger, tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as database:
+        database.execute(
+            "CREATE TRIGGER full BEFORE INSERT ON releases BEGIN SELECT RAISE(FAIL, 'disk full'); END"
+        )
+    database.close()
+    with pytest.raises(StorageError):
+        ledger.reserve(request(), b"key", allow)
+
+
+class SiteUnderCrashes(RuleBasedStateMachine):
+    """A site that crashes at any point, a server that repeats, reorders and changes requests.
+
+    The model keeps every distinct output that ever left. A release is its (key, request): what a patient could
+    be learnt from. The ledger must hold at least as many releases as distinct outputs left, under the cap.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = Path(self.folder.name) / "ledger.sqlite"
+        self.released: dict[tuple[int, bytes], bytes] = {}
+        self.computed: dict[int, set[tuple[bytes, str]]] = {}
+        self.keys = 0
+
+    def teardown(self) -> None:
+        self.folder.cleanup()
+
+    @rule(
+        number=st.integers(1, 5),
+        weights=st.sampled_from(["w", "v"]),
+        crash=st.sampled_from(["never", "after-reserve", "after-training", "before-send"]),
+    )
+    def train(self, number: int, weights: str, crash: str) -> None:
+        """One request, through the protocol of ``Site.answer_train``, cut off at ``crash``."""
+        wanted = request(number, weights)
+        self.keys += 1
+        ledger = Ledger(self.path)  # every request may follow a restart
+        try:
+            reservation = ledger.reserve(wanted, self.keys.to_bytes(4, "big"), cap)
+        except (ProtocolError, BudgetExceeded):
+            return
+        if crash == "after-reserve":
+            return
+        reply = reservation.reply
+        if reply is None:
+            assert reservation.key is not None
+            self.computed.setdefault(reservation.release_id, set()).add((reservation.key, wanted.digest))
+            reply = reservation.key + wanted.digest.encode()
+            if crash == "after-training":
+                return
+            ledger.commit(reservation, reply)
+        if crash != "before-send":
+            self.released[reservation.release_id, reply] = reply
+
+    @invariant()
+    def released_is_within_the_ledger(self) -> None:
+        rows = Ledger(self.path).releases()
+        assert len({release for release, _ in self.released}) == len(self.released)  # one output a release
+        assert len(self.released) <= len(rows) <= CAP_RELEASES
+
+    @invariant()
+    def attempts_at_one_release_are_one_computation(self) -> None:
+        assert all(len(attempts) == 1 for attempts in self.computed.values())
+
+
+SiteUnderCrashes.TestCase.settings = settings(
+    max_examples=40, stateful_step_count=25, deadline=None, derandomize=True
+)
+TestSiteUnderCrashes: Callable[..., object] = SiteUnderCrashes.TestCase

@@ -1,0 +1,201 @@
+"""A site's answers: policy, budget, replay, and what may leave."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
+
+import client.site
+from client.app import SITE_FOLDER, app
+from client.config import SitePolicy
+from client.site import Site
+from shared.accounting import epsilon_of
+from shared.errors import BudgetExceeded, ErrorCode, PolicyError, ProtocolError
+from shared.messages import PlanQuery, TrainReply, TrainRequest, error_code
+from shared.plan import RunPlan
+from shared.tasks.registry import find_task
+from shared.weights import pack
+
+PLAN = RunPlan(
+    task="nodule-classification",
+    rounds=3,
+    local_steps=2,
+    sample_rate=0.5,
+    records_per_patient=2,
+    max_grad_norm=1.0,
+    noise_multiplier=2.0,
+    delta=1e-3,
+    learning_rate=0.5,
+)
+POLICY = SitePolicy(
+    name="st-elsewhere",
+    declared_patients=10,
+    tasks=("nodule-classification",),
+    max_epsilon=PLAN.epsilon(),
+    max_delta=0.01,
+    simulation_seed=4,
+)
+
+
+@pytest.fixture
+def site(tmp_path: Path, make_nodule_store: Any) -> Site:
+    make_nodule_store(tmp_path / "store")
+    POLICY.write(tmp_path / "site.toml")
+    return Site(tmp_path)
+
+
+def request(number: int = 1, plan: RunPlan = PLAN, run: str = "run", shift: float = 0.0) -> TrainRequest:
+    weights = np.zeros_like(pack(find_task(plan.task).build())) + np.float32(0.01 + shift)
+    return TrainRequest(run, number, plan, weights)
+
+
+def ask(site: Site, kind: str, content: RecordDict) -> Message:
+    context = Context(1, 5, {SITE_FOLDER: str(site.folder)}, RecordDict(), {})
+    message = Message(content, reply_to=_incoming(kind))
+    message.metadata.__dict__["_message_type"] = kind
+    return app(message, context)
+
+
+def _incoming(kind: str) -> Message:
+    metadata = Metadata(1, "m", 1, 5, "", "g", 0.0, 3600.0, kind)
+    return Message(content=RecordDict(), metadata=metadata)  # type: ignore[call-overload]
+
+
+def test_policy_survives_its_file(tmp_path: Path) -> None:
+    POLICY.write(tmp_path / "site.toml")
+    assert SitePolicy.read(tmp_path / "site.toml") == POLICY
+
+
+def test_an_acceptable_plan_is_accepted_and_costs_nothing(site: Site) -> None:
+    offer = site.answer_query(PlanQuery("run", PLAN))
+    assert (offer.site, offer.declared_patients, offer.plan_digest) == ("st-elsewhere", 10, PLAN.digest)
+    assert site.ledger.mechanisms() == ()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"noise_multiplier": 0.1},
+        {"noise_multiplier": 0.0},
+        {"max_grad_norm": 100.0},
+        {"delta": 0.5},
+    ],
+)
+def test_a_plan_against_the_policy_is_refused(site: Site, change: dict[str, float]) -> None:
+    with pytest.raises(PolicyError):
+        site.answer_query(PlanQuery("run", replace(PLAN, **change)))  # type: ignore[arg-type]
+
+
+def test_a_plan_beyond_the_budget_is_refused_before_anything_moves(site: Site) -> None:
+    with pytest.raises(BudgetExceeded):
+        site.answer_query(PlanQuery("run", replace(PLAN, rounds=4)))
+
+
+def test_rounds_spend_exactly_the_plan(site: Site) -> None:
+    for number in (1, 2, 3):
+        site.answer_train(request(number))
+    assert site.ledger.epsilon(PLAN.delta) == PLAN.epsilon()
+    with pytest.raises(BudgetExceeded):
+        site.answer_train(request(1, run="another"))
+    assert len(site.ledger.releases()) == 3
+
+
+def test_a_run_taken_up_again_is_not_counted_twice(site: Site) -> None:
+    site.answer_train(request(1))
+    assert site.answer_query(PlanQuery("run", PLAN)).plan_digest == PLAN.digest
+    with pytest.raises(BudgetExceeded):
+        site.answer_query(PlanQuery("another", PLAN))
+    with pytest.raises(ProtocolError) as caught:
+        site.answer_query(PlanQuery("run", replace(PLAN, seed=9)))
+    assert caught.value.code is ErrorCode.PLAN_CHANGED
+
+
+def test_a_replay_returns_the_same_bytes_without_training(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = site.answer_train(request())
+    monkeypatch.setattr(client.site, "train_round", None)
+    assert site.answer_train(request()).weights.tobytes() == first.weights.tobytes()
+    assert len(site.ledger.releases()) == 1
+
+
+def test_a_crash_in_training_is_repeated_to_the_same_bytes(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a fresh key per release, as in a deployment: the key is kept until commit."""
+    replace(POLICY, simulation_seed=None).write(tmp_path / "site.toml")
+    real, outputs = client.site.train_round, []
+
+    def crash_after_training(*args: Any) -> Any:
+        outputs.append(real(*args))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(client.site, "train_round", crash_after_training)
+        with pytest.raises(KeyboardInterrupt):
+            Site(tmp_path).answer_train(request())
+    reply = Site(tmp_path).answer_train(request())
+    assert reply.weights.tobytes() == outputs[0].tobytes()
+    assert Site(tmp_path).ledger.epsilon(PLAN.delta) == epsilon_of([PLAN.mechanism(1)], PLAN.delta)
+
+
+def test_two_releases_never_share_noise_in_a_deployment(site: Site, tmp_path: Path) -> None:
+    replace(POLICY, simulation_seed=None).write(tmp_path / "site.toml")
+    first = Site(tmp_path).answer_train(request(1))
+    second = Site(tmp_path).answer_train(request(2))
+    assert np.abs(first.weights - second.weights).max() > 0.01
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_bad_weights_are_refused_before_anything_is_spent(site: Site, bad: float) -> None:
+    with pytest.raises(ProtocolError):
+        site.answer_train(request(shift=bad))
+    assert site.ledger.mechanisms() == ()
+
+
+def test_weights_of_another_model_are_refused_before_anything_is_spent(site: Site) -> None:
+    with pytest.raises(ProtocolError):
+        site.answer_train(TrainRequest("run", 1, PLAN, np.zeros(7, np.float32)))
+    assert site.ledger.mechanisms() == ()
+
+
+def test_through_the_app_only_the_agreed_fields_leave(site: Site) -> None:
+    reply = ask(site, "train", request().to_content())
+    assert set(reply.content) == {"arrays", "config"}
+    assert set(reply.content["config"]) == {"round", "plan-digest"}
+    assert list(reply.content["arrays"]) == ["weights"]
+    assert TrainReply.from_content(reply.content).plan_digest == PLAN.digest
+    offer = ask(site, "query", PlanQuery("run", PLAN).to_content())
+    assert set(offer.content["config"]) == {"site", "declared-patients", "plan-digest"}
+
+
+def test_an_exception_leaves_as_a_bare_code(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_args: Any) -> None:
+        raise RuntimeError("CANARY Mrs Jones /data/jones.dcm")
+
+    monkeypatch.setattr(client.site, "train_round", fail)
+    with caplog.at_level(logging.DEBUG):
+        reply = ask(site, "train", request().to_content())
+    assert (reply.error.reason, error_code(reply)) == ("internal", ErrorCode.INTERNAL)
+    assert "CANARY" not in repr(reply) + caplog.text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        RecordDict(),
+        RecordDict({"config": ConfigRecord({"run": "r", "round": 1, "plan": "rubbish"})}),
+        RecordDict({"config": ConfigRecord({"run": "r" * 1000, "plan": PLAN.to_json()})}),
+        RecordDict({"config": ConfigRecord({"run": "r", "round": 99, "plan": PLAN.to_json()})}),
+    ],
+)
+@pytest.mark.parametrize("kind", ["train", "query"])
+def test_rubbish_gets_a_code_and_costs_nothing(site: Site, kind: str, content: RecordDict) -> None:
+    reply = ask(site, kind, content)
+    if kind == "train" or reply.has_error():
+        assert error_code(reply) in (ErrorCode.BAD_MESSAGE, ErrorCode.BAD_PLAN)
+    assert site.ledger.mechanisms() == ()
