@@ -21,7 +21,7 @@ from scipy.optimize import brentq
 
 from shared.errors import PlanError
 
-_MAX_NOISE_MULTIPLIER = 1e3
+_MAX_NOISE_MULTIPLIER = 64.0
 """Above this nothing is left of the signal."""
 _MIN_NOISE_MULTIPLIER = 0.05
 """Below this the PLD of one step no longer fits in memory and epsilon is in the hundreds: no privacy at all."""

@@ -1,7 +1,6 @@
 """What the federation is compared with: all patients pooled without privacy, each hospital alone, size alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,15 +19,11 @@ from shared.tasks.nodule_classification import judge_nodules
 from shared.tasks.registry import find_task
 from simulations.sites import merge_stores
 
-
-@dataclass(frozen=True)
-class Schedule:
-    """How a baseline trains: Adam with a falling rate, on batches of patients."""
-
-    steps: int = 300
-    patients: int = 48
-    records_per_patient: int = 2
-    learning_rate: float = 1e-3
+PASSES, LEAST_STEPS = 25, 100
+"""A baseline trains for so many passes over its patients, and at least so many steps."""
+_PATIENTS_A_STEP = 48
+_RECORDS_PER_PATIENT = 2
+_LEARNING_RATE = 1e-3
 
 
 def train_alone(task_name: str, stores: Sequence[Path], heldout: Path, seed: int) -> Evaluation:
@@ -38,20 +33,22 @@ def train_alone(task_name: str, stores: Sequence[Path], heldout: Path, seed: int
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = task.build().to(preferred_device())
-    _fit(task, model, merge_stores([RecordStore.open(path) for path in stores]), Schedule(), seed)
+    _fit(task, model, merge_stores([RecordStore.open(path) for path in stores]), seed)
     model.eval()
     return task.evaluate(model, RecordStore.open(heldout))
 
 
-def _fit(task: Task, model: nn.Module, store: RecordStore, schedule: Schedule, seed: int) -> None:
+def _fit(task: Task, model: nn.Module, store: RecordStore, seed: int) -> None:
+    """Train with Adam at a falling rate on batches of patients."""
     generator = Generator().manual_seed(seed)
-    optimizer = Adam(model.parameters(), lr=schedule.learning_rate)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.steps)
-    step = OrdinaryStep(model, optimizer, task.loss)
     patients = task.load(store)
-    for _ in range(schedule.steps):
-        chosen = torch.randint(len(patients), (schedule.patients,), generator=generator)
-        step(patients.draw(chosen, schedule.records_per_patient, generator).to(preferred_device()))
+    steps = max(LEAST_STEPS, PASSES * len(patients) // _PATIENTS_A_STEP)
+    optimizer = Adam(model.parameters(), lr=_LEARNING_RATE)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    step = OrdinaryStep(model, optimizer, task.loss)
+    for _ in range(steps):
+        chosen = torch.randint(len(patients), (_PATIENTS_A_STEP,), generator=generator)
+        step(patients.draw(chosen, _RECORDS_PER_PATIENT, generator).to(preferred_device()))
         decay.step()
 
 

@@ -146,6 +146,20 @@ def generate(
         _CONSOLE.print(str(folder), highlight=False)
 
 
+@app.command()
+def deal(
+    archive: Annotated[Path, typer.Argument(help="NumPy archive of real LIDC nodule slices.")],
+    out: Annotated[Path, typer.Option(help="New folder; one prepared hospital each, for 'run --data'.")],
+    sites: Annotated[int, typer.Option(min=1, help="How many hospitals.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same hospitals.")] = 0,
+) -> None:
+    """Deal real nodule slices to prepared hospitals."""
+    from simulations.generators.slices import deal_slices
+
+    for folder in deal_slices(archive, out, sites=sites, seed=seed):
+        _CONSOLE.print(str(folder), highlight=False)
+
+
 def _sha256(checkpoint: Path | None) -> str | None:
     if checkpoint is None:
         return None

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -42,6 +43,7 @@ from simulations.sources import find_source
 
 RUN = "simulation"
 BACKENDS = ("local", "ray")
+_MADE_BEFORE_THE_PLAN = {"data", "prepared", "sites", "heldout", "federation.json"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +103,13 @@ def start(simulation: Simulation, out: Path, display: Display) -> dict[str, Any]
     """
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    if (out / "simulation.json").exists():
-        raise StorageError(f"{out} holds a simulation already: go on with --resume {out}, or give another --out.")
+        present = {entry.name for entry in out.iterdir()}
+        if "plan.json" in present:
+            raise StorageError(f"{out} holds a run already: go on with --resume {out}, or give another --out.")
+        if present and "simulation.json" not in present:
+            raise StorageError(f"{out} is not empty. Give a new folder to --out.")
+        for leftover in _MADE_BEFORE_THE_PLAN & present:  # of a start that failed
+            shutil.rmtree(out / leftover) if (out / leftover).is_dir() else (out / leftover).unlink()
     simulation.save(out)
     return resume(simulation, out, display)
 
@@ -253,7 +260,8 @@ def _finish(registry: Registry, out: Path, setup_s: float, total_s: float) -> di
 
 
 def _quiet() -> None:
-    """Flower reports to a vendor and to the terminal unless told not to."""
+    """Flower reports to a vendor and to the terminal unless told not to; Ray advises on every start."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
     logging.getLogger("flwr").setLevel(logging.ERROR)

@@ -127,9 +127,9 @@ TASK = Task(
     evaluate=evaluate,
     defaults={
         "rounds": 20,
-        "local_steps": 1,
-        "sample_rate": 1.0,
-        "records_per_patient": 4,
+        "local_steps": 2,
+        "sample_rate": 0.5,
+        "records_per_patient": 2,
         "max_grad_norm": 1.0,
         "optimizer": "sgd",
         "learning_rate": 1.0,

@@ -1,0 +1,85 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.errors import PlanError, ProtocolError
+from shared.messages import PlanQuery, SiteOffer, TrainReply, TrainRequest, global_weights
+from shared.plan import RunPlan
+
+PLAN = RunPlan(
+    task="nodule-classification",
+    rounds=3,
+    local_steps=1,
+    sample_rate=0.5,
+    records_per_patient=1,
+    max_grad_norm=1.0,
+    noise_multiplier=1.0,
+    delta=1e-3,
+    learning_rate=0.1,
+)
+WEIGHTS = np.arange(5, dtype=np.float32)
+
+
+def test_every_message_survives_its_payload() -> None:
+    assert PlanQuery.from_content(PlanQuery("r", PLAN).to_content()) == PlanQuery("r", PLAN)
+    offer = SiteOffer("site", 40, PLAN.digest)
+    assert SiteOffer.from_content(offer.to_content()) == offer
+    request = TrainRequest.from_content(TrainRequest("r", 2, PLAN, WEIGHTS).to_content())
+    assert (request.run, request.round, request.plan) == ("r", 2, PLAN)
+    assert request.weights.tobytes() == WEIGHTS.tobytes()
+    reply = TrainReply.from_content(TrainReply(2, PLAN.digest, WEIGHTS).to_content())
+    assert (reply.round, reply.plan_digest, reply.weights.tobytes()) == (2, PLAN.digest, WEIGHTS.tobytes())
+
+
+def test_a_request_digest_names_all_that_the_answer_depends_on() -> None:
+    base = TrainRequest("r", 1, PLAN, WEIGHTS)
+    others = [
+        replace(base, run="s"),
+        replace(base, round=2),
+        replace(base, plan=replace(PLAN, seed=1)),
+        replace(base, weights=WEIGHTS + np.float32(1e-6)),
+    ]
+    assert len({request.digest for request in [base, *others]}) == 5
+
+
+def test_the_server_sets_the_weight_of_the_average() -> None:
+    content = TrainReply(1, PLAN.digest, WEIGHTS).weighted(40)
+    assert dict(content["metrics"]) == {"num-examples": 40}
+    assert global_weights(content["arrays"]).tobytes() == WEIGHTS.tobytes()
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        Array(WEIGHTS.astype(np.float64)),
+        Array(WEIGHTS.reshape(1, 5)),
+        Array(dtype="float32", shape=(5,), stype="numpy.ndarray", data=b"rubbish"),
+        Array(dtype="float32", shape=(5,), stype="numpy.ndarray", data=b""),
+        Array(dtype="float32", shape=(5,), stype="other", data=b""),
+    ],
+)
+def test_weights_that_are_no_float32_vector_are_refused(array: Array) -> None:
+    content = TrainReply(1, PLAN.digest, WEIGHTS).to_content()
+    content["arrays"] = ArrayRecord({"weights": array})
+    with pytest.raises(ProtocolError):
+        TrainReply.from_content(content)
+
+
+values = st.none() | st.text(max_size=5) | st.integers(-(2**63), 2**63 - 1) | st.booleans() | st.floats()
+
+
+@given(st.dictionaries(st.sampled_from(["run", "round", "plan", "site", "declared-patients"]), values))
+def test_rubbish_is_refused_and_never_crashes(fields: dict[str, object]) -> None:
+    content = RecordDict({"config": ConfigRecord({k: v for k, v in fields.items() if v is not None})})
+    for message in (PlanQuery, SiteOffer, TrainRequest, TrainReply):
+        with pytest.raises((ProtocolError, PlanError)):
+            message.from_content(content)
+
+
+def test_a_site_that_declares_nobody_is_refused() -> None:
+    with pytest.raises(ProtocolError):
+        SiteOffer.from_content(SiteOffer("site", 0, PLAN.digest).to_content())

@@ -1,0 +1,112 @@
+"""Bad input: one clear sentence and a non-zero exit, never a traceback."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shared.records import RecordStore
+from simulations import cli
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["fedward-sim", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return int(caught.value.code or 0)
+
+
+@pytest.fixture
+def hospital(tmp_path: Path, make_nodule_store: Callable[..., RecordStore]) -> Path:
+    make_nodule_store(tmp_path / "hospital")
+    return tmp_path / "hospital"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--task", "no-such-task"], "no-such-task"),
+        (["--backend", "cloud"], "local, ray"),
+        (["--epsilon", "0"], "epsilon must be positive"),
+        (["--epsilon", "nan"], "epsilon must be positive"),
+        (["--epsilon", "0.0001", "--delta", "1e-6"], "Ask for a larger epsilon"),
+        (["--delta", "2"], "delta must lie"),
+        (["--sample-rate", "3"], "sample_rate must lie in"),
+        (["--optimizer", "magic"], "optimizer must be one of"),
+        (["--learning-rate", "-1"], "learning_rate must be positive"),
+        (["--max-epsilon", "0.5"], "budget-exceeded"),
+        (["--init", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--heldout", "nowhere"], "no prepared store"),
+    ],
+)
+def test_wrong_values_are_one_sentence(
+    arguments: list[str],
+    said: str,
+    hospital: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    common = ["run", "--data", str(hospital), "--rounds", "2", "--workers", "1", "--out", str(tmp_path / "out")]
+    assert call(monkeypatch, *common, *arguments) == 1
+    error = capfd.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
+    assert error.startswith("fedward-sim: ")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("nowhere", "There is no folder"),
+        ("empty", "cannot take part"),
+        ("no-annotations", "cannot take part"),
+        ("file.txt", "There is no folder"),
+    ],
+)
+def test_a_hospital_without_patients_is_named(
+    data: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "annotations.csv").write_text("seriesuid,coordX,coordY,coordZ,diameter_mm,malignancy\n")
+    (tmp_path / "no-annotations").mkdir()
+    (tmp_path / "file.txt").write_text("hello")
+    common = ["run", "--data", str(tmp_path / data), "--workers", "1", "--out", str(tmp_path / "out")]
+    assert call(monkeypatch, *common) == 1
+    error = capfd.readouterr().err
+    assert said in error
+    assert data in error
+    assert "Traceback" not in error
+
+
+def test_a_missing_out_and_a_missing_resume_are_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "run") == 1
+    assert "--out" in capfd.readouterr().err
+    assert call(monkeypatch, "run", "--resume", str(tmp_path)) == 1
+    assert "no simulation to resume" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["run", "generate"])
+def test_an_unwritable_folder_is_one_sentence(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")  # stands for a read-only disk: tests may run as root
+    assert call(monkeypatch, command, "--out", str(tmp_path / "file" / "out")) == 1
+    error = capfd.readouterr().err
+    assert "Traceback" not in error
+    assert str(tmp_path / "file") in error
+
+
+@pytest.mark.parametrize("arguments", [["run", "--no-such-option"], ["run", "--sites", "0"], ["fly"]])
+def test_wrong_usage_exits_with_two(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call(monkeypatch, *arguments) == 2
+
+
+def test_help_shows_examples(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(os.environ, "COLUMNS", "200")
+    assert call(monkeypatch, "run", "--help") == 0
+    assert "--resume runs/first" in capfd.readouterr().out
