@@ -10,9 +10,10 @@ from flwr.clientapp import ClientApp
 
 from client import guard
 from client.site import Site
-from shared.messages import PlanQuery, TrainRequest
+from shared.errors import ErrorCode
+from shared.messages import PlanQuery, TrainRequest, error_reply
 
-SITE_FOLDER = "site-folder"
+SITE_FOLDER, SIMULATION_SEED = "site-folder", "simulation-seed"
 
 app = ClientApp()
 
@@ -29,5 +30,12 @@ def train(message: Message, context: Context) -> Message:
     return guard.release(message, lambda: _site(context).answer_train(TrainRequest.from_content(message.content)))
 
 
+@app.evaluate()
+def evaluate(message: Message, _context: Context) -> Message:
+    """Refuse: a site's own metrics are releases too, so evaluation stays in the hospital."""
+    return error_reply(ErrorCode.BAD_MESSAGE, message)
+
+
 def _site(context: Context) -> Site:
-    return Site(Path(str(context.node_config[SITE_FOLDER])))
+    seed = context.node_config.get(SIMULATION_SEED)
+    return Site(Path(str(context.node_config[SITE_FOLDER])), None if seed is None else int(seed))

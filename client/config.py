@@ -32,7 +32,6 @@ class SitePolicy:
         min_noise_multiplier: Least noise; 0 permits training without privacy.
         max_grad_norm: Largest clipping norm.
         max_sample_rate: Largest probability of a patient joining a step.
-        simulation_seed: Makes noise repeatable and therefore worthless as privacy: simulations only.
     """
 
     name: str
@@ -43,11 +42,21 @@ class SitePolicy:
     min_noise_multiplier: float = 0.3
     max_grad_norm: float = 10.0
     max_sample_rate: float = 1.0
-    simulation_seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.name or self.declared_patients < 1 or not 0 < self.max_delta < 1 or not self.max_epsilon > 0:
-            raise PolicyError("site.toml needs a name, declared-patients ≥ 1, max-epsilon > 0, 0 < max-delta < 1.")
+        rules = {
+            "name must not be empty": bool(self.name),
+            "declared-patients must be at least 1": self.declared_patients >= 1,
+            "max-epsilon must be positive": self.max_epsilon > 0.0,
+            "max-delta must be positive and at most 1/declared-patients": (
+                0.0 < self.max_delta <= 1.0 / self.declared_patients if self.declared_patients >= 1 else False
+            ),
+            "min-noise-multiplier must not be negative": self.min_noise_multiplier >= 0.0,
+            "max-grad-norm must be positive": self.max_grad_norm > 0.0,
+            "max-sample-rate must lie in (0, 1]": 0.0 < self.max_sample_rate <= 1.0,
+        }
+        if broken := [rule for rule, holds in rules.items() if not holds]:  # NaN holds nowhere
+            raise PolicyError(f"site.toml is wrong: {'; '.join(broken)}.")
 
     @classmethod
     def read(cls, path: Path) -> "SitePolicy":
@@ -66,10 +75,11 @@ class SitePolicy:
         known = {field.name.replace("_", "-"): field for field in fields(cls)}
         if unknown := sorted(set(raw) - set(known)):
             raise PolicyError(f"{path} has unknown keys: {', '.join(unknown)}.")
+        values = {known[key].name: _typed(key, value, known[key].type) for key, value in raw.items()}
         try:
-            return cls(**{known[key].name: _typed(value) for key, value in raw.items()})
+            return cls(**values)
         except TypeError as error:
-            raise PolicyError(f"{path} lacks a key or has one of the wrong type.") from error
+            raise PolicyError(f"{path} lacks a key that has no default.") from error
 
     def write(self, path: Path) -> None:
         """Write the policy as TOML."""
@@ -81,8 +91,15 @@ class SitePolicy:
         write_atomic(path, "".join(lines).encode())
 
 
-def _typed(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _typed(key: str, value: Any, kind: Any) -> Any:
+    """Return the value as its field's type; a word is no list of tasks, and true is no number."""
+    if kind is float and type(value) in (int, float):
+        return float(value)
+    if kind in (int, str) and type(value) is kind:
+        return value
+    if type(value) is list and all(type(item) is str for item in value) and kind not in (int, float, str):
+        return tuple(value)
+    raise PolicyError(f"site.toml is wrong: {key} has the wrong type.")
 
 
 def _toml(value: object) -> str:

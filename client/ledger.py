@@ -7,8 +7,9 @@ Protocol of one release, and why no crash can break it:
 2. Training draws its patients and its noise from that key alone. A crash and a second attempt at the same
    request repeat the very same computation, so two attempts reveal no more than one.
 3. ``commit`` stores the reply and erases the key, in one transaction. Only a committed reply may leave.
-4. The same request again gets the stored reply; a different request under the same run and round is refused:
-   the same noise on other weights could be subtracted away.
+   (Erasure is the file system's best effort: a journal's freed blocks may keep the key for a while.)
+4. The same request again gets the stored reply; a different request, or the same on other data, is refused under
+   the same run and round: the same noise on other weights could be subtracted away.
 
 All releases compose, whatever store, task or run they belong to: a patient may be in any of them.
 """
@@ -43,6 +44,7 @@ CREATE TABLE IF NOT EXISTS releases (
 ) STRICT
 """
 _BUSY_S = 30.0
+_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,33 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        if not path.exists():
+            raise StorageError(
+                f"The privacy ledger {path.name} is missing. Without it nothing is released: restore it, or make "
+                "one for a site that never released anything."
+            )
         with self._transaction() as database:
-            database.execute(_SCHEMA)
+            if database.execute("PRAGMA user_version").fetchone()[0] != _VERSION:
+                raise StorageError(f"{path.name} is no privacy ledger of this version, or was emptied.")
+
+    @classmethod
+    def create(cls, path: Path) -> "Ledger":
+        """Make an empty ledger; one that is there is left as it is.
+
+        Raises:
+            StorageError: If the folder cannot be written.
+        """
+        if not path.exists():
+            try:
+                with closing(sqlite3.connect(path, isolation_level=None)) as database:
+                    database.execute("PRAGMA synchronous = EXTRA")
+                    database.execute("BEGIN IMMEDIATE")
+                    database.execute(_SCHEMA)
+                    database.execute(f"PRAGMA user_version = {_VERSION}")
+                    database.execute("COMMIT")
+            except sqlite3.Error as error:
+                raise StorageError(f"The privacy ledger {path} cannot be made: {error}.") from error
+        return cls(path)
 
     def reserve(
         self,
@@ -116,7 +143,7 @@ class Ledger:
         """
         with self._transaction() as database:
             row = database.execute(
-                "SELECT id, request_digest, key, reply FROM releases WHERE run = ? AND round = ?",
+                "SELECT id, request_digest || store_digest, key, reply FROM releases WHERE run = ? AND round = ?",
                 (request.run, request.round),
             ).fetchone()
             if row:
@@ -150,8 +177,7 @@ class Ledger:
         """
         with self._transaction() as database:
             changed = database.execute(
-                "UPDATE releases SET reply = ?, key = NULL, committed_at = ?"
-                " WHERE id = ? AND committed_at IS NULL",
+                "UPDATE releases SET reply = ?, key = NULL, committed_at = ? WHERE id = ? AND committed_at IS NULL",
                 (reply, _now(), reservation.release_id),
             ).rowcount
             if changed != 1:
@@ -195,10 +221,10 @@ class Ledger:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """One serialised, durable transaction: synchronous FULL makes COMMIT wait for the disk."""
+        """One serialised, durable transaction: synchronous EXTRA makes COMMIT wait for the disk, folder included."""
         try:
             with closing(sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None)) as database:
-                database.execute("PRAGMA synchronous = FULL")
+                database.execute("PRAGMA synchronous = EXTRA")
                 database.execute("PRAGMA secure_delete = ON")
                 database.execute("BEGIN IMMEDIATE")
                 try:
@@ -213,8 +239,10 @@ class Ledger:
 
 def _existing(row: tuple[int, str, bytes | None, bytes | None], request: ReleaseRequest) -> Reservation:
     release_id, digest, key, reply = row
-    if digest != request.digest:
-        raise ProtocolError("This round was reserved here for another request.", ErrorCode.REPLAY_MISMATCH)
+    if digest != request.digest + request.store_digest:
+        raise ProtocolError(
+            "This round was reserved here for another request or other data.", ErrorCode.REPLAY_MISMATCH
+        )
     if key is None and reply is None:
         raise ProtocolError("This round's reply is no longer kept.", ErrorCode.REPLAY_MISMATCH)
     return Reservation(release_id, key, reply)

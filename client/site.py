@@ -16,7 +16,8 @@ import numpy as np
 from client.config import SitePolicy
 from client.ledger import Ledger, ReleaseRequest
 from client.policy import check_budget, check_plan
-from client.training import train_round
+from client.training import Randomness, train_round
+from shared.dp.noise import KEY_BYTES
 from shared.errors import ErrorCode, PolicyError, ProtocolError
 from shared.messages import PlanQuery, SiteOffer, TrainReply, TrainRequest
 from shared.plan import RunPlan
@@ -25,14 +26,21 @@ from shared.tasks.base import Task
 from shared.tasks.registry import find_task
 from shared.weights import unpack
 
-_KEY_BYTES = 32
+LEDGER = "ledger.sqlite"
 
 
 @dataclass(frozen=True)
 class Site:
-    """One hospital, opened from its folder."""
+    """One hospital, opened from its folder.
+
+    Attributes:
+        folder: See the module.
+        simulation_seed: Makes noise repeatable and so worthless as privacy. It is an argument, not a setting in
+            the folder, so that no hospital's file can hold it.
+    """
 
     folder: Path
+    simulation_seed: int | None = None
 
     @cached_property
     def policy(self) -> SitePolicy:
@@ -42,7 +50,7 @@ class Site:
     @cached_property
     def ledger(self) -> Ledger:
         """The hospital's privacy ledger."""
-        return Ledger(self.folder / "ledger.sqlite")
+        return Ledger(self.folder / LEDGER)
 
     @cached_property
     def store(self) -> RecordStore:
@@ -84,7 +92,13 @@ class Site:
             raise ProtocolError("This release is closed.", ErrorCode.REPLAY_MISMATCH)
         patients = task.load(self.store)
         weights = train_round(
-            task, patients, plan, request.weights, self.policy.declared_patients, reservation.key
+            task,
+            patients,
+            plan,
+            request.round,
+            request.weights,
+            declared_patients=self.policy.declared_patients,
+            randomness=self._randomness(reservation.key),
         )
         self.ledger.commit(reservation, weights.tobytes())
         return TrainReply(request.round, plan.digest, weights)
@@ -97,8 +111,11 @@ class Site:
         return task
 
     def _key(self, request: TrainRequest) -> bytes:
-        """A fresh secret; in a simulation with a seed, one that a second run repeats."""
-        if self.policy.simulation_seed is None:
-            return secrets.token_bytes(_KEY_BYTES)
-        text = f"{self.policy.simulation_seed}/{self.policy.name}/{request.round}"
+        """A fresh secret; in a simulation, one that a second run with the same seed repeats."""
+        if self.simulation_seed is None:
+            return secrets.token_bytes(KEY_BYTES)
+        text = f"{self.simulation_seed}/{self.policy.name}/{request.digest}"
         return hashlib.sha256(text.encode()).digest()
+
+    def _randomness(self, key: bytes) -> Randomness:
+        return Randomness.secure(key) if self.simulation_seed is None else Randomness.simulated(key)

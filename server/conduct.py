@@ -93,9 +93,7 @@ def _attendance(findings: Findings) -> Markup:
     rows = []
     for site in findings.accepted:
         outcomes = Counter(row.replies[site.site] for row in findings.record.rounds if site.site in row.replies)
-        others = ", ".join(
-            f"{number} × {outcome}" for outcome, number in sorted(outcomes.items()) if outcome != OK
-        )
+        others = ", ".join(f"{number} × {outcome}" for outcome, number in sorted(outcomes.items()) if outcome != OK)
         rows.append((site.site, f"{outcomes[OK]} of {outcomes.total()}", others or "none"))
     content = table(("Hospital", "In time", "Otherwise"), rows, left=(0, 2), caption="Replies by hospital")
     return tag("div", tag("h3", "Who replied"), content)
@@ -107,9 +105,7 @@ def _round(findings: Findings, row: RoundRow) -> tuple[str, ...]:
         str(row.round) if row.round else "0 (start)",
         number(value.value if value else None),
         number(row.seconds, 1),
-        f"{sum(outcome == OK for outcome in row.replies.values())} of {len(row.replies)}"
-        if row.replies
-        else UNKNOWN,
+        f"{sum(outcome == OK for outcome in row.replies.values())} of {len(row.replies)}" if row.replies else UNKNOWN,
         ", ".join(f"{site}: {outcome}" for site, outcome in _troubles(row).items()),
     )
 

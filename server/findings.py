@@ -121,9 +121,7 @@ class Findings:
         for row in self.accepted:
             counts = tuple(self.record.rounds_of(row.site, number) for number in self.drawn_rounds)
             groups.setdefault(counts, []).append(row.site)
-        return {
-            tuple(sites): [self.record.plan.epsilon(count) for count in counts] for counts, sites in groups.items()
-        }
+        return {tuple(sites): [self.record.plan.epsilon(count) for count in counts] for counts, sites in groups.items()}
 
 
 def as_estimate(value: object) -> Estimate | None:

@@ -16,9 +16,7 @@ class Markup(str):
 
 def tag(name: str, *children: str, **attributes: str) -> Markup:
     """Return one element. ``class_`` means ``class``, ``aria_label`` means ``aria-label``."""
-    written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items()
-    )
+    written = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items())
     if name in _VOID:
         return Markup(f"<{name}{written}>")
     return Markup(f"<{name}{written}>{join(children)}</{name}>")

@@ -104,9 +104,7 @@ def convergence(
         Line(label, ends, [level] * 2, colour, dash)
         for (label, level), (colour, dash) in zip(references.items(), looks, strict=False)
     ]
-    said = (
-        f"{metric} by round: from {ours.y[0]:.3f} at round {rounds[0]} to {ours.y[-1]:.3f} at round {rounds[-1]}."
-    )
+    said = f"{metric} by round: from {ours.y[0]:.3f} at round {rounds[0]} to {ours.y[-1]:.3f} at round {rounds[-1]}."
     return _chart("convergence", said, [ours, *lines], "Round", f"Held-out {metric}")
 
 
@@ -150,9 +148,7 @@ def seconds_by_round(rounds: Sequence[int], seconds: Sequence[float], incomplete
     """Draw how long each round took and which rounds lacked a reply."""
     lines = [Line("Seconds", rounds, seconds, "blue")]
     if incomplete:
-        lines.append(
-            Line("A reply was missing", list(incomplete), list(incomplete.values()), "vermillion", POINTS)
-        )
+        lines.append(Line("A reply was missing", list(incomplete), list(incomplete.values()), "vermillion", POINTS))
     said = f"Seconds by round: {min(seconds):.1f} to {max(seconds):.1f}."
     return _chart("seconds", said, lines, "Round", "Seconds", from_zero=True)
 

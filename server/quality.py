@@ -32,9 +32,7 @@ def quality(findings: Findings) -> Markup:
         figures.append(_convergence(findings))
     if _drawable(details.get("roc"), "fpr", "tpr"):
         plot = roc(details["roc"], _operating_point(details.get("confusion")))
-        figures.append(
-            figure("ROC curve", plot, "All thresholds at once: the closer to the top left, the better.")
-        )
+        figures.append(figure("ROC curve", plot, "All thresholds at once: the closer to the top left, the better."))
     if _drawable(details.get("calibration"), "predicted", "observed"):
         caption = "Where the line lies on the diagonal, a predicted 70% comes true in 70% of cases."
         figures.append(figure("Calibration", calibration(details["calibration"]), caption))
@@ -65,9 +63,7 @@ def comparison(findings: Findings) -> Markup:
     """Return this run's model beside the baselines, with intervals on one scale."""
     title = "Compared with what there would be without it"
     if not findings.baselines or not findings.metric:
-        return section(
-            title, paragraph("No baselines were trained in this run, so there is nothing to compare with.")
-        )
+        return section(title, paragraph("No baselines were trained in this run, so there is nothing to compare with."))
     metric = findings.metric
     label = f"This model: federated, {'private' if findings.guaranteed else 'no privacy'}"
     ours = Baseline(label, findings.evaluation.metrics if findings.evaluation else {})
@@ -112,8 +108,7 @@ def _convergence(findings: Findings) -> Markup:
 def _drawable(curve: Mapping[str, Sequence[float | None]] | None, *axes: str) -> bool:
     """Whether a curve has two points or more, none of them undefined."""
     return curve is not None and all(
-        len(curve.get(axis, ())) > 1 and not any(as_estimate(value) is None for value in curve[axis])
-        for axis in axes
+        len(curve.get(axis, ())) > 1 and not any(as_estimate(value) is None for value in curve[axis]) for axis in axes
     )
 
 

@@ -127,8 +127,7 @@ class Registry:
         """Record a round; a round that is done again after a crash replaces its first record."""
         with self._transaction() as database:
             database.execute(
-                "INSERT OR REPLACE INTO rounds (run, round, seconds, evaluation, aggregated)"
-                " VALUES (?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO rounds (run, round, seconds, evaluation, aggregated) VALUES (?, ?, ?, ?, ?)",
                 (run, row.round, row.seconds, _dump(row.evaluation), row.aggregated),
             )
             database.execute("DELETE FROM replies WHERE run = ? AND round = ?", (run, row.round))

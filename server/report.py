@@ -60,9 +60,7 @@ def render(record: RunRecord, checkpoint: Checkpoint | None) -> str:
         course(findings),
         _agreement(findings),
     )
-    body = join(
-        [tag("header", *_head(findings)), tag("main", *_remarks(findings), _tiles(findings), *parts), _foot()]
-    )
+    body = join([tag("header", *_head(findings)), tag("main", *_remarks(findings), _tiles(findings), *parts), _foot()])
     title = join([f"{humanise(record.plan.task)} · {record.run} · Fedward"])
     return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(title=title, body=body)
 
@@ -132,13 +130,9 @@ def _remarks(findings: Findings) -> list[Markup]:
             f"after {_plural(record.rounds_completed, 'round')} with the code ",
             tag("code", str(record.failure)),
         ]
-        found.append(
-            box("The run failed", *what, ". What follows describes the last saved model.", kind="warning")
-        )
+        found.append(box("The run failed", *what, ". What follows describes the last saved model.", kind="warning"))
     elif record.status != COMPLETED:
-        found.append(
-            box("The run has not ended", "It can be resumed; these are the figures so far.", kind="warning")
-        )
+        found.append(box("The run has not ended", "It can be resumed; these are the figures so far.", kind="warning"))
     if not findings.guaranteed:
         sentence = "The models that hospitals sent may reveal their patients. Use them as you would the records."
         found.append(box("No privacy guarantee", sentence, kind="warning"))
@@ -196,9 +190,7 @@ def _agreement(findings: Findings) -> Markup:
     return section(
         "What exactly was run",
         table(("What", "Value"), facts, left=(0, 1), caption="Provenance"),
-        table(
-            ("Field", "Value"), plan, left=(0, 1), caption="The whole plan, public and agreed by every hospital"
-        ),
+        table(("Field", "Value"), plan, left=(0, 1), caption="The whole plan, public and agreed by every hospital"),
     )
 
 

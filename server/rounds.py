@@ -101,9 +101,7 @@ def enlist(grid: Grid, job: Job, registry: Registry) -> dict[int, SiteOffer]:
         FederationError: ``quorum-lost`` if fewer than ``min_sites`` accept.
     """
     content = PlanQuery(job.run, job.plan).to_content()
-    replies = exchange(
-        grid, dict.fromkeys(grid.get_node_ids(), content), MessageType.QUERY, "0", job.plan.deadline_s
-    )
+    replies = exchange(grid, dict.fromkeys(grid.get_node_ids(), content), MessageType.QUERY, "0", job.plan.deadline_s)
     offers: dict[int, SiteOffer] = {}
     refusals: list[str] = []
     for node, reply in sorted(replies.items()):

@@ -21,7 +21,7 @@ from scipy.optimize import brentq
 
 from shared.errors import PlanError
 
-_MAX_NOISE_MULTIPLIER = 64.0
+MAX_NOISE_MULTIPLIER = 64.0
 """Above this nothing is left of the signal."""
 _MIN_NOISE_MULTIPLIER = 0.05
 """Below this the PLD of one step no longer fits in memory and epsilon is in the hundreds: no privacy at all."""
@@ -101,7 +101,7 @@ def calibrate_noise(*, epsilon: float, delta: float, sample_rate: float, steps: 
     low = high = 0.0
     while excess(high) > 0:
         low, high = high, high + 1.0
-        if high > math.log(_MAX_NOISE_MULTIPLIER):
+        if high > math.log(MAX_NOISE_MULTIPLIER):
             raise PlanError(
                 f"No usable noise gives epsilon {epsilon} at delta {delta:g} over {steps} steps. "
                 "Ask for a larger epsilon, fewer rounds or a lower sample rate."

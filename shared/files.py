@@ -40,6 +40,4 @@ def storage_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise StorageError(
-            f"Cannot use {path}: {reason}. Check the path, its permissions and the disk."
-        ) from error
+        raise StorageError(f"Cannot use {path}: {reason}. Check the path, its permissions and the disk.") from error

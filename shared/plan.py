@@ -5,16 +5,31 @@ A plan is public. Its digest names the run's rules; a site refuses a message who
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from shared.accounting import Mechanism, epsilon_of
+from shared.accounting import MAX_NOISE_MULTIPLIER, Mechanism, epsilon_of
 from shared.errors import PlanError
 
 OPTIMIZERS = ("adam", "sgd")
+SCHEDULES = ("constant", "linear")
+ENGINES = ("bookkeeping", "opacus")
 RANDOM_START = "random"
+_LIMITS: dict[str, tuple[float, float]] = {
+    "rounds": (1, 100_000),
+    "local_steps": (1, 10_000),
+    "records_per_patient": (1, 64),
+    "min_sites": (1, 100_000),
+    "sample_rate": (1e-4, 1.0),
+    "max_grad_norm": (1e-3, 1e3),
+    "noise_multiplier": (0.0, MAX_NOISE_MULTIPLIER),
+    "learning_rate": (1e-8, 1e3),
+    "deadline_s": (0.1, 1e7),
+}
+"""Beyond these a plan is a mistake or an attack: a bound so small that its noise rounds to nothing, a batch that
+exhausts memory when somebody is sampled and not when nobody is."""
+_LEAST_NOISE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +46,15 @@ class RunPlan:
         noise_multiplier: Noise standard deviation over ``max_grad_norm``; 0 trains without privacy.
         delta: The delta at which epsilon is stated; below one over the number of patients.
         optimizer: ``adam`` or ``sgd``, the site's local optimizer, started afresh each round.
-        learning_rate: Of the local optimizer.
+        learning_rate: Of the local optimizer, in the first round.
+        schedule: ``constant``, or ``linear``: the rate falls by equal parts and would reach 0 one round after
+            the last, so that late noise moves the model less.
         momentum: Of ``sgd``.
         patience: End after this many rounds without a better held-out metric; 0 never ends early.
         min_sites: Quorum: a round with fewer replies is not aggregated and the run fails.
         deadline_s: How long a round waits for replies, in seconds.
         seed: Seeds the initial weights. It never seeds a hospital's noise.
+        engine: Who clips: ``bookkeeping``, or ``opacus``, the slow reference.
         init: ``random``, or the SHA-256 of the public checkpoint that the run starts from.
     """
 
@@ -50,28 +68,37 @@ class RunPlan:
     delta: float
     optimizer: str = "sgd"
     learning_rate: float
+    schedule: str = "constant"
     momentum: float = 0.0
     patience: int = 0
     min_sites: int = 1
     deadline_s: float = 3600.0
     seed: int = 0
+    engine: str = "bookkeeping"
     init: str = RANDOM_START
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "local_steps", "records_per_patient", "min_sites"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1")
-        for name in ("max_grad_norm", "learning_rate", "deadline_s"):
-            _require(0.0 < getattr(self, name) < math.inf, f"{name} must be positive")
+        for name, (low, high) in _LIMITS.items():
+            _require(low <= getattr(self, name) <= high, f"{name} must lie between {low:g} and {high:g}")
+        quiet = 0.0 < self.noise_multiplier < _LEAST_NOISE
+        _require(not quiet, f"noise_multiplier must be 0 or at least {_LEAST_NOISE:g}")
         _require(0.0 <= self.momentum < 1.0, "momentum must lie in [0, 1)")
         _require(0.0 < self.delta < 1.0, "delta must lie strictly between 0 and 1")
         _require(self.patience >= 0, "patience must not be negative")
         _require(self.optimizer in OPTIMIZERS, f"optimizer must be one of {', '.join(OPTIMIZERS)}")
-        self.mechanism(self.rounds)  # checks sample_rate and noise_multiplier
+        _require(self.engine in ENGINES, f"engine must be one of {', '.join(ENGINES)}")
+        _require(self.schedule in SCHEDULES, f"schedule must be one of {', '.join(SCHEDULES)}")
 
     @property
     def private(self) -> bool:
         """Whether the run promises any privacy at all."""
         return self.noise_multiplier > 0.0
+
+    def learning_rate_in(self, round_number: int) -> float:
+        """Return the local learning rate of one round, counted from 1."""
+        if self.schedule == "constant":
+            return self.learning_rate
+        return self.learning_rate * (self.rounds + 1 - round_number) / self.rounds
 
     def mechanism(self, rounds: int) -> Mechanism:
         """Return what ``rounds`` rounds of this plan do to one site's patients."""

@@ -59,9 +59,7 @@ def size_only(heldout: RecordStore) -> Evaluation | None:
     return judge_nodules(heldout, np.asarray(heldout.arrays["diameter_mm"], np.float64))
 
 
-def describe(
-    pooled: Evaluation, local: dict[str, Evaluation], size: Evaluation | None, metric: str
-) -> dict[str, Any]:
+def describe(pooled: Evaluation, local: dict[str, Evaluation], size: Evaluation | None, metric: str) -> dict[str, Any]:
     """Return the baselines as the registry keeps them."""
     baselines: dict[str, Any] = {
         "pooled": dict(pooled.metrics),

@@ -53,9 +53,7 @@ def run(
     partition: Annotated[str, typer.Option(help="'vendors' or 'dirichlet'.")] = "vendors",
     alpha: Annotated[float, typer.Option(help="Dirichlet concentration: smaller is more skewed.")] = 1.0,
     patients_per_site: Annotated[int | None, typer.Option(min=1, help="Generate this many each.")] = None,
-    baselines: Annotated[
-        bool, typer.Option("--baselines", help="Also train pooled and local-only models.")
-    ] = False,
+    baselines: Annotated[bool, typer.Option("--baselines", help="Also train pooled and local-only models.")] = False,
     backend: Annotated[str, typer.Option(help="'local' (worker processes) or 'ray'.")] = "local",
     ray_address: Annotated[str | None, typer.Option(help="A Ray cluster that is already there.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Worker processes. Default: the cores.")] = None,
@@ -67,6 +65,7 @@ def run(
     max_grad_norm: Annotated[float | None, typer.Option(help="Bound on a patient's gradient.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="'sgd' or 'adam'.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the sites' optimizer.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Of the learning rate: 'constant' or 'linear'.")] = None,
     momentum: Annotated[float | None, typer.Option(help="Of sgd.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
 ) -> None:
@@ -90,6 +89,7 @@ def run(
         "max_grad_norm": max_grad_norm,
         "optimizer": optimizer,
         "learning_rate": learning_rate,
+        "schedule": schedule,
         "momentum": momentum,
         "init": _sha256(init),
     }
@@ -186,9 +186,7 @@ def main() -> None:
     try:
         app()
     except FederationError as error:
-        Console(stderr=True).print(
-            f"fedward-sim: {error}", style="red", highlight=False, soft_wrap=True, markup=False
-        )
+        Console(stderr=True).print(f"fedward-sim: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
         sys.exit(1)
     except KeyboardInterrupt:
         Console(stderr=True).print("Stopped. Go on with: fedward-sim run --resume OUT", highlight=False)

@@ -25,13 +25,17 @@ _SERVER_NODE = 1
 _FIRST_NODE = 100
 
 
-def answer(message: Message, folder: str) -> Message:
+def answer(message: Message, folder: str, seed: int) -> Message:
     """Let the site in ``folder`` answer one message with the real ``ClientApp``."""
-    from client.app import SITE_FOLDER, app  # noqa: PLC0415 - heavy, and needed in workers only
+    from client.app import SIMULATION_SEED, SITE_FOLDER, app  # noqa: PLC0415 - heavy, and needed in workers only
 
     node = message.metadata.dst_node_id
     context = Context(
-        run_id=_RUN_ID, node_id=node, node_config={SITE_FOLDER: folder}, state=RecordDict(), run_config={}
+        run_id=_RUN_ID,
+        node_id=node,
+        node_config={SITE_FOLDER: folder, SIMULATION_SEED: seed},
+        state=RecordDict(),
+        run_config={},
     )
     return app(message, context)
 
@@ -48,10 +52,12 @@ class LocalGrid(Grid):
 
     Args:
         folders: One per node.
+        seed: Makes the sites' noise repeatable.
         pool: Worker processes, or ``None`` to answer in this process.
     """
 
-    def __init__(self, folders: Sequence[Path], pool: ProcessPoolExecutor | None = None) -> None:
+    def __init__(self, folders: Sequence[Path], seed: int, pool: ProcessPoolExecutor | None = None) -> None:
+        self._seed = seed
         self._folders = {_FIRST_NODE + number: str(folder) for number, folder in enumerate(folders)}
         self._pool = pool
         self._pending: dict[str, Message | Future[Message]] = {}
@@ -89,7 +95,9 @@ class LocalGrid(Grid):
             identifier = uuid.uuid4().hex
             message.metadata.__dict__["_message_id"] = identifier
             folder = self._folders[message.metadata.dst_node_id]
-            self._pending[identifier] = self._pool.submit(answer, message, folder) if self._pool else message
+            self._pending[identifier] = (
+                self._pool.submit(answer, message, folder, self._seed) if self._pool else message
+            )
             identifiers.append(identifier)
         return identifiers
 
@@ -99,7 +107,7 @@ class LocalGrid(Grid):
         for identifier in message_ids:
             item = self._pending.get(identifier)
             if isinstance(item, Message):
-                replies.append(answer(item, self._folders[item.metadata.dst_node_id]))
+                replies.append(answer(item, self._folders[item.metadata.dst_node_id], self._seed))
                 del self._pending[identifier]
                 break
             if item is not None and item.done():

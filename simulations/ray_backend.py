@@ -18,27 +18,32 @@ BackendInit = dict[str, ConfigRecordValues]
 class _SiteApp(ClientApp):
     """The real ``ClientApp``, told by the partition number which site's folder it serves."""
 
-    def __init__(self, folders: Sequence[str]) -> None:
+    def __init__(self, folders: Sequence[str], seed: int) -> None:
         super().__init__()
-        self._folders = folders
+        self._folders, self._seed = folders, seed
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer one message inside a Ray actor."""
         import torch  # noqa: PLC0415 - inside the actor
 
-        from client.app import SITE_FOLDER, app  # noqa: PLC0415 - inside the actor
+        from client.app import SIMULATION_SEED, SITE_FOLDER, app  # noqa: PLC0415 - inside the actor
 
         torch.set_num_threads(1)
+        context.node_config[SIMULATION_SEED] = self._seed
         context.node_config[SITE_FOLDER] = self._folders[int(context.node_config["partition-id"])]
         return app(message, context)
 
 
-def run_on_ray(folders: Sequence[Path], config: Mapping[str, str], workers: int, address: str | None) -> None:
+def run_on_ray(
+    folders: Sequence[Path], config: Mapping[str, str], *, seed: int, workers: int, address: str | None
+) -> None:
     """Run the job that ``config`` describes with one Ray actor per CPU.
 
     Args:
         folders: The sites' folders; on a cluster, on a file system that all machines share.
         config: The ServerApp's run configuration.
+        seed: Makes the sites' noise repeatable.
+        seed: Makes the sites' noise repeatable.
         workers: CPUs to give a Ray started here.
         address: A Ray cluster that is already there.
     """
@@ -61,7 +66,7 @@ def run_on_ray(folders: Sequence[Path], config: Mapping[str, str], workers: int,
         try:
             run_simulation(
                 server_app=app,
-                client_app=_SiteApp([str(folder) for folder in folders]),
+                client_app=_SiteApp([str(folder) for folder in folders], seed),
                 num_supernodes=len(folders),
                 backend_config={"init_args": init, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
             )

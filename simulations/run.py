@@ -125,13 +125,13 @@ def resume(simulation: Simulation, out: Path, display: Display) -> dict[str, Any
         federation = Federation.open(out) or _prepare(simulation, out, display)
         plan = _plan(simulation, federation, out)
         cap = simulation.epsilon if simulation.max_epsilon is None else simulation.max_epsilon
-        write_policies(federation, task=plan.task, max_epsilon=cap, seed=simulation.seed)
+        write_policies(federation, task=plan.task, max_epsilon=cap)
         registry = Registry(_folder(out) / "registry.sqlite")
         setup_s = time.monotonic() - began
         _note_origin(registry, simulation, plan)
         try:
             with display.watch(registry, RUN, plan):
-                _run_server(simulation, federation, plan, out, LocalGrid(federation.sites, pool))
+                _run_server(simulation, federation, plan, out, LocalGrid(federation.sites, simulation.seed, pool))
             if simulation.baselines and "baselines" not in registry.read(RUN).notes:
                 registry.add_note(RUN, "baselines", _baselines(simulation, federation, pool, display))
         finally:
@@ -192,9 +192,7 @@ def _note_origin(registry: Registry, simulation: Simulation, plan: RunPlan) -> N
     registry.begin(RUN, plan)
     origin = "Data given by the researcher." if simulation.data else find_source(simulation.task).origin
     registry.add_note(RUN, "data", origin)
-    start_note = (
-        f"public checkpoint {simulation.init} (SHA-256 {plan.init})" if simulation.init else "random weights"
-    )
+    start_note = f"public checkpoint {simulation.init} (SHA-256 {plan.init})" if simulation.init else "random weights"
     registry.add_note(RUN, "start", start_note)
 
 
@@ -209,7 +207,13 @@ def _run_server(simulation: Simulation, federation: Federation, plan: RunPlan, o
     if simulation.backend == "ray":
         from simulations.ray_backend import run_on_ray  # noqa: PLC0415 - Ray takes seconds to import
 
-        run_on_ray(federation.sites, config, simulation.workers, simulation.ray_address)
+        run_on_ray(
+            federation.sites,
+            config,
+            seed=simulation.seed,
+            workers=simulation.workers,
+            address=simulation.ray_address,
+        )
         return
     from server.app import app  # noqa: PLC0415 - beside its Ray twin
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from client.config import SitePolicy
+from client.ledger import Ledger
+from client.site import LEDGER
 from shared.drafting import DELTA_SHARE
 from shared.errors import FederationError, IntakeError, StorageError
 from shared.files import write_atomic
@@ -98,11 +100,9 @@ def prepare_federation(
     return federation
 
 
-def write_policies(federation: Federation, *, task: str, max_epsilon: float, seed: int) -> None:
-    """Write each site's ``site.toml``; an infinite ``max_epsilon`` permits training without privacy."""
-    for name, declared, folder in zip(
-        federation.names, federation.declared_patients, federation.sites, strict=True
-    ):
+def write_policies(federation: Federation, *, task: str, max_epsilon: float) -> None:
+    """Give each site its ``site.toml`` and its ledger; an infinite ``max_epsilon`` permits training without privacy."""
+    for name, declared, folder in zip(federation.names, federation.declared_patients, federation.sites, strict=True):
         SitePolicy(
             name=name,
             declared_patients=declared,
@@ -110,8 +110,8 @@ def write_policies(federation: Federation, *, task: str, max_epsilon: float, see
             max_epsilon=max_epsilon,
             max_delta=1.0 / declared,
             min_noise_multiplier=0.0 if np.isinf(max_epsilon) else 0.3,
-            simulation_seed=seed,
         ).write(folder / "site.toml")
+        Ledger.create(folder / LEDGER)
 
 
 def coarse(patients: int) -> int:
@@ -119,9 +119,7 @@ def coarse(patients: int) -> int:
     return max(_COARSE, round(patients / _COARSE) * _COARSE)
 
 
-def _prepared(
-    target: Path, source: Path, task: str, secret: bytes, workers: int, progress: Progress
-) -> RecordStore:
+def _prepared(target: Path, source: Path, task: str, secret: bytes, workers: int, progress: Progress) -> RecordStore:
     if not source.is_dir():
         raise StorageError(f"There is no folder {source}. Give one folder per hospital.")
     if _is_store(source):

@@ -1,37 +1,59 @@
-"""One private optimizer step over patients, with Opacus.
+"""One private optimizer step over patients.
 
-Formal guarantee. Neighbouring data sets differ by one patient with all of that patient's records. For a batch
-of patients the update is
+Formal guarantee. Neighbouring data sets differ by one patient with all of that patient's records. The update is
 
     (Σ_p clip(g_p, C) + N(0, (σC)² I)) / n        clip(g, C) = g · min(1, C / ‖g‖)
 
-where g_p is the gradient of patient p's loss, itself the mean over that patient's K records. Adding or
-removing a patient changes the sum by at most C = ``max_grad_norm`` in L2, so one step is the Gaussian
-mechanism with ``noise_multiplier`` σ; with Poisson sampling of the patients it is the mechanism that
-:mod:`shared.accounting` composes. n = ``expected_patients`` must be a public constant (``sample_rate`` times
-the declared number of patients), never the batch's size or the true count, which are sensitive.
+where g_p is the gradient of patient p's loss, itself the mean over that patient's K records. Adding or removing a
+patient changes the sum by at most C = ``max_grad_norm`` in L2, so one step is the Gaussian mechanism with
+``noise_multiplier`` σ; with Poisson sampling of the patients it is the mechanism that :mod:`shared.accounting`
+composes. n = ``expected_patients`` must be a public constant (``sample_rate`` times the declared number of patients),
+never the batch's size or the true count, which are sensitive.
 
 | case | what happens |
 | --- | --- |
-| empty batch | a noise-only step, like any other: its absence would tell that nobody was sampled |
+| nobody was sampled | a noise-only step like any other, after one pass over padding |
 | a patient's gradient is not finite | the patient contributes zero; NaN would void the bound |
-| batch larger than memory | physical parts; clipped sums add up, noise is added once |
+| not even padding's gradient is finite | hostile weights: nobody contributes, the step is noise only |
+| more patients than one pass takes | passes of one size; clipped sums add up, noise is added once |
+
+Every pass has the same shape, filled up with padding that counts zero, at least one row of it. Kernels round
+differently for different shapes; under weights made for it, one patient more could otherwise change the other
+patients' rounded gradients, and with them the sum by more than C. It also makes memory, and so running out of it,
+independent of the data.
 """
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import torch
-from opacus import GradSampleModule
-from opacus.optimizers import DPOptimizer
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from shared.dp.engine import BookKeeping
+from shared.dp.noise import NoiseSource
+from shared.dp.opacus_engine import OpacusHooks
+from shared.dp.optimizer import NoisySum
 from shared.tasks.base import Batch
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 _RECORDS_AT_ONCE = 64
-"""Per-record gradients of LungCTNet take 1.7 MB each; this bounds them to about 110 MB."""
+
+
+class Engine(Protocol):
+    """Clips every patient's gradient in one pass over a model."""
+
+    def start(self, patients: int) -> None:
+        """Expect a forward and backward pass over ``patients`` patients."""
+
+    def clipped_sum(self, losses: Tensor, bound: float, real: int) -> Tensor:
+        """Set ``grad`` to the clipped sum of the first ``real`` patients; return all norms ``(B,)``."""
+
+    def close(self) -> None:
+        """Detach from the model."""
+
+
+ENGINES: dict[str, Callable[[nn.Module], Engine]] = {"bookkeeping": BookKeeping, "opacus": OpacusHooks}
 
 
 class PrivateStep:
@@ -44,7 +66,8 @@ class PrivateStep:
         noise_multiplier: σ, positive.
         max_grad_norm: C, the bound on a patient's gradient.
         expected_patients: The public normaliser n.
-        generator: Source of the noise.
+        noise: Source of the noise.
+        engine: Name in ``ENGINES``.
     """
 
     def __init__(
@@ -56,47 +79,48 @@ class PrivateStep:
         noise_multiplier: float,
         max_grad_norm: float,
         expected_patients: float,
-        generator: Generator,
+        noise: NoiseSource,
+        engine: str = "bookkeeping",
     ) -> None:
-        self._loss = loss
-        self._model = GradSampleModule(model, loss_reduction="sum")
-        self._optimizer = DPOptimizer(
+        self._model, self._loss, self._bound = model, loss, max_grad_norm
+        self._engine = ENGINES[engine](model)
+        self._optimizer = NoisySum(
             optimizer,
+            noise,
             noise_multiplier=noise_multiplier,
             max_grad_norm=max_grad_norm,
             expected_batch_size=expected_patients,
-            generator=generator,
         )
 
-    def __call__(self, batch: Batch) -> None:
-        """Take one step on ``batch``, which may be empty."""
-        parts = list(split(batch, _RECORDS_AT_ONCE)) or [batch]
-        for position, part in enumerate(parts):
-            self._set_patient_gradients(part)
-            self._optimizer.signal_skip_step(position < len(parts) - 1)
-            self._optimizer.step()
-            self._optimizer.zero_grad()
+    def __call__(self, parts: Iterable[Batch]) -> None:
+        """Take one step on the patients of all ``parts``, each padded to one size by :func:`padded_parts`."""
+        waiting: Batch | None = None
+        for part in parts:
+            if waiting is not None:
+                self._pass(waiting, last=False)
+            waiting = part
+        if waiting is None:
+            raise ValueError("A private step needs at least one part, which may be all padding.")
+        self._pass(waiting, last=True)
 
     def close(self) -> None:
         """Detach from the model, leaving it an ordinary one."""
-        self._model.to_standard_module()
+        self._engine.close()
 
-    def _set_patient_gradients(self, batch: Batch) -> None:
-        """Leave ``grad_sample`` ``(B, ...)`` on each parameter: a patient's, not a record's."""
-        parameters = self._optimizer.params
-        if not len(batch):
-            for parameter in parameters:
-                parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
-            return
-        with warnings.catch_warnings():
-            # The first layer's input is data and has no gradient; torch remarks on it at every hook.
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            self._loss(self._model, batch).sum().backward()
-        for parameter in parameters:
-            # The K records of a patient are consecutive rows: their sum is the gradient of the patient's mean.
-            by_record = parameter.grad_sample.view(len(batch), -1, *parameter.shape)
-            parameter.grad_sample = by_record.sum(1)
-        drop_non_finite([parameter.grad_sample for parameter in parameters])
+    def _pass(self, part: Batch, *, last: bool) -> None:
+        broken = ~self._clipped_sum(part).isfinite()
+        if broken[-1]:
+            for parameter in self._optimizer.params:
+                parameter.grad = torch.zeros_like(parameter)
+        elif broken.any():
+            self._clipped_sum(part.blank(broken))
+        self._optimizer.signal_skip_step(not last)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def _clipped_sum(self, part: Batch) -> Tensor:
+        self._engine.start(len(part))
+        return self._engine.clipped_sum(self._loss(self._model, part), self._bound, part.real)
 
 
 class OrdinaryStep:
@@ -113,27 +137,20 @@ class OrdinaryStep:
         self._loss(self._model, batch).mean().backward()
         self._optimizer.step()
 
-    def close(self) -> None:
-        """Nothing to detach."""
+
+def patients_at_once(records_per_patient: int) -> int:
+    """Return how many patients one pass takes beside one row of padding: a public number."""
+    return max(1, _RECORDS_AT_ONCE // records_per_patient - 1)
 
 
-def split(batch: Batch, records: int) -> list[Batch]:
-    """Split a batch into parts of at most ``records`` records, keeping each patient whole."""
-    if not len(batch):
-        return []
-    per_patient = next(iter(batch.fields.values())).shape[1]
-    size = max(1, records // per_patient)
-    pieces = {name: tensor.split(size) for name, tensor in batch.fields.items()}
-    return [Batch(dict(zip(pieces, part, strict=True))) for part in zip(*pieces.values(), strict=True)]
-
-
-def drop_non_finite(gradients: Sequence[Tensor]) -> None:
-    """Zero, in place, every patient whose gradient holds a value that is not finite.
+def padded_parts(patients: Tensor, records_per_patient: int, draw: Callable[[Tensor], Batch]) -> Iterable[Batch]:
+    """Yield the batches of one step, drawn one at a time and all of one size; one of padding if nobody joins.
 
     Args:
-        gradients: One tensor ``(B, ...)`` per parameter; a patient is dropped from all of them.
+        patients: ``(B,)`` who was sampled.
+        records_per_patient: K.
+        draw: Draws the records of some patients.
     """
-    finite = torch.stack([gradient.flatten(1).isfinite().all(1) for gradient in gradients]).all(0)
-    if not finite.all():
-        for gradient in gradients:
-            gradient[~finite] = 0.0
+    size = patients_at_once(records_per_patient)
+    for part in patients.split(size) if len(patients) else (patients,):
+        yield draw(part).padded(size + 1)

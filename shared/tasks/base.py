@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Generator, Tensor, nn
 
 from shared.metrics import Estimate
@@ -16,9 +17,11 @@ class Batch:
 
     Attributes:
         fields: Field name to tensor ``(B, K, ...)``; ``B`` may be 0.
+        padding: How many of the last rows are no patients.
     """
 
     fields: Mapping[str, Tensor]
+    padding: int = 0
 
     def __len__(self) -> int:
         """Return the number of patients."""
@@ -28,9 +31,30 @@ class Batch:
         """Return one field, ``(B, K, ...)``."""
         return self.fields[name]
 
+    @property
+    def real(self) -> int:
+        """How many of the first rows are patients."""
+        return len(self) - self.padding
+
+    def padded(self, patients: int) -> "Batch":
+        """Return the batch with rows of zeros up to ``patients`` rows."""
+        missing = patients - len(self)
+        filled = {
+            name: torch.cat([tensor, tensor.new_zeros((missing, *tensor.shape[1:]))])
+            for name, tensor in self.fields.items()
+        }
+        return Batch(filled, self.padding + missing)
+
+    def blank(self, rows: Tensor) -> "Batch":
+        """Return the batch with the chosen rows ``(B,)`` set to zeros, as padding is."""
+        cleared = {name: tensor.clone() for name, tensor in self.fields.items()}
+        for tensor in cleared.values():
+            tensor[rows] = 0
+        return Batch(cleared, self.padding)
+
     def to(self, device: str) -> "Batch":
         """Return the batch on another device."""
-        return Batch({name: tensor.to(device) for name, tensor in self.fields.items()})
+        return Batch({name: tensor.to(device) for name, tensor in self.fields.items()}, self.padding)
 
 
 class PatientDataset(Protocol):

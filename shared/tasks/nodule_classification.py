@@ -133,5 +133,6 @@ TASK = Task(
         "max_grad_norm": 1.0,
         "optimizer": "sgd",
         "learning_rate": 1.0,
+        "schedule": "linear",
     },
 )

@@ -4,18 +4,25 @@ Privacy: a patient's records are drawn from that patient's own alone, so the bat
 patient more differs in that patient's rows only.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Generator, Tensor
 
 
-def poisson_sample(patients: int, sample_rate: float, generator: Generator) -> Tensor:
+def poisson_sample(patients: int, sample_rate: float, uniform: Callable[[int], npt.NDArray[np.float64]]) -> Tensor:
     """Return the indices of the patients in one step: each joins independently with ``sample_rate``.
 
     This is the sampling that the accountant assumes; the result may be empty.
+
+    Args:
+        patients: How many there are.
+        sample_rate: In (0, 1].
+        uniform: Returns so many fresh uniforms in [0, 1).
     """
-    return (torch.rand(patients, generator=generator, dtype=torch.float64) < sample_rate).nonzero().flatten()
+    return torch.from_numpy(np.flatnonzero(uniform(patients) < sample_rate))
 
 
 def draw_records(

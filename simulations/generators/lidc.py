@@ -224,14 +224,10 @@ def _contours(outline: _Outline) -> tuple[Contour, ...]:
     """Give each plane its slab and move the outline's centre to the origin."""
     levels = np.unique([z for z, _, _ in outline.planes])
     gaps = np.diff(levels) if len(levels) > 1 else np.array([outline.reading.slice_thickness_mm])
-    edges = np.concatenate(
-        [[levels[0] - gaps[0] / 2], (levels[1:] + levels[:-1]) / 2, [levels[-1] + gaps[-1] / 2]]
-    )
+    edges = np.concatenate([[levels[0] - gaps[0] / 2], (levels[1:] + levels[:-1]) / 2, [levels[-1] + gaps[-1] / 2]])
     edges -= outline.centre_mm[2]
     slabs = {z: (float(low), float(high)) for z, low, high in zip(levels, edges, edges[1:], strict=False)}
-    return tuple(
-        Contour(*slabs[z], cavity, points - outline.centre_mm[:2]) for z, cavity, points in outline.planes
-    )
+    return tuple(Contour(*slabs[z], cavity, points - outline.centre_mm[:2]) for z, cavity, points in outline.planes)
 
 
 def _area(points: Points) -> float:

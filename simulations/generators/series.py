@@ -68,8 +68,7 @@ def _in_patient(hu: Volume, grid: Grid, placed: Sequence[PlacedNodule], rng: np.
     middle = np.round([side * rng.uniform(62, 78), rng.uniform(-30, 10), rng.uniform(-260, -60)], 1)
     centres = np.array([p.centre_mm for p in placed]) * (side, 1, 1) + middle
     nodules = tuple(
-        PlacedNodule(p.nodule, (float(x), float(y), float(z)))
-        for p, (x, y, z) in zip(placed, centres, strict=True)
+        PlacedNodule(p.nodule, (float(x), float(y), float(z))) for p, (x, y, z) in zip(placed, centres, strict=True)
     )
     corner = grid.across_mm[0]
     origin = np.round([middle[0] + corner, middle[1] + corner, middle[2] + grid.first_z_mm], 4)

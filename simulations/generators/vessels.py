@@ -50,9 +50,7 @@ def grow_tree(body: Body, grid: Grid, rng: np.random.Generator) -> Tree:
     chosen = rng.integers(len(rows), size=count)
     tips = np.stack([x[0, columns[chosen]], y[rows[chosen], 0], rng.uniform(low, high, count)], axis=1)
     middle = (low + high) / 2
-    roots = np.array([[*body.hilum_mm, middle + offset] for offset in (-14.0, 0.0, 14.0)]) + rng.normal(
-        0, 3, (3, 3)
-    )
+    roots = np.array([[*body.hilum_mm, middle + offset] for offset in (-14.0, 0.0, 14.0)]) + rng.normal(0, 3, (3, 3))
     tips = tips[np.argsort(np.linalg.norm(tips - roots[1], axis=1), kind="stable")]
     return _join(roots, tips, rng)
 

@@ -51,6 +51,10 @@ def test_the_loss_is_one_value_a_patient(task: Task, store: RecordStore, patient
     assert loss.isfinite().all()
 
 
+def test_padding_has_a_finite_loss(task: Task, store: RecordStore) -> None:
+    assert task.loss(task.build(), draw(task, store, [0]).padded(3)).isfinite().all()
+
+
 def test_a_patients_loss_depends_on_no_other_patient(task: Task, store: RecordStore) -> None:
     torch.manual_seed(0)
     model, batch = task.build().eval(), draw(task, store, [0, 1, 2])

@@ -21,9 +21,7 @@ SMALL = ["--rounds", "4", "--records-per-patient", "1", "--seed", "7", "--worker
 
 def fedward_sim(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0"}
-    return subprocess.run(
-        [*COMMAND, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
-    )
+    return subprocess.run([*COMMAND, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
 def summary(out: Path) -> dict[str, Any]:

@@ -121,9 +121,7 @@ def test_the_order_of_slices_is_not_their_names(export):
 def test_uneven_slices_are_interpolated_at_their_true_places(export):
     places = np.array([0, 2, 4, 6.5, 8, 10.9, 12])
     export.annotate(
-        export.series(
-            np.repeat(places, 48 * 48).reshape(7, 48, 48) * 50 - 800, positions=[(0, 0, p) for p in places]
-        )
+        export.series(np.repeat(places, 48 * 48).reshape(7, 48, 48) * 50 - 800, positions=[(0, 0, p) for p in places])
     )
     _, store = export.prepare()
     middle = np.asarray(store.arrays["image"][:, 18, 18], np.float64) * 1400 - 1000

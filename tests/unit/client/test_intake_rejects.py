@@ -291,9 +291,7 @@ def test_annotation_rows(export):
         CODE.UNKNOWN_SERIES: 1,
         CODE.DUPLICATE_ANNOTATION: 3,
     }
-    assert report.nodules + sum(n for c, n in report.rejected.items() if c.unit == "annotation") == len(
-        export.rows
-    )
+    assert report.nodules + sum(n for c, n in report.rejected.items() if c.unit == "annotation") == len(export.rows)
 
 
 @pytest.mark.parametrize("content", [b"", b"name,coordX\nDoe,1\n", b"\x89PNG\xff\xfe\0\0", b'"' + b"x" * 200_000])

@@ -142,9 +142,7 @@ def test_any_order_and_names_of_files_and_rows_give_the_same_store(busy, seed):
 
 def test_every_file_and_row_is_used_or_counted_once(busy):
     report, _ = busy.prepare()
-    by_unit = {
-        unit: sum(n for c, n in report.rejected.items() if c.unit == unit) for unit in ("file", "annotation")
-    }
+    by_unit = {unit: sum(n for c, n in report.rejected.items() if c.unit == unit) for unit in ("file", "annotation")}
     assert report.files == 48 + by_unit["file"]
     assert report.nodules + by_unit["annotation"] == len(busy.rows)
 

@@ -3,6 +3,7 @@
 import sqlite3
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def cap(earlier: tuple[Mechanism, ...]) -> None:
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
-    return Ledger(tmp_path / "ledger.sqlite")
+    return Ledger.create(tmp_path / "ledger.sqlite")
 
 
 def test_a_reservation_is_spent_before_anything_runs(ledger: Ledger) -> None:
@@ -106,6 +107,36 @@ def test_all_runs_and_tasks_compose(ledger: Ledger) -> None:
     assert ledger.mechanisms(except_run="a") == (MECHANISM,)
 
 
+def test_a_missing_or_emptied_ledger_fails_closed(ledger: Ledger, tmp_path: Path) -> None:
+    """An unmounted volume must not look like a hospital that never released anything."""
+    path = tmp_path / "ledger.sqlite"
+    path.write_bytes(b"")
+    for use in (lambda: Ledger(path), ledger.mechanisms):
+        with pytest.raises(StorageError):
+            use()
+    path.unlink()
+    with pytest.raises(StorageError, match="missing"):
+        Ledger(path)
+
+
+def test_making_a_ledger_never_empties_one(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.reserve(request(), b"key", allow)
+    assert Ledger.create(tmp_path / "ledger.sqlite").mechanisms() == (MECHANISM,)
+
+
+def test_other_data_under_the_same_reservation_is_refused(ledger: Ledger) -> None:
+    """A second intake between crash and resume must not meet the first attempt's noise."""
+    ledger.reserve(request(), b"key", allow)
+    with pytest.raises(ProtocolError) as caught:
+        ledger.reserve(replace(request(), store_digest="another"), b"key", allow)
+    assert caught.value.code is ErrorCode.REPLAY_MISMATCH
+
+
+def test_every_commit_waits_for_the_disk(ledger: Ledger) -> None:
+    with ledger._transaction() as database:
+        assert database.execute("PRAGMA synchronous").fetchone()[0] == 3  # EXTRA
+
+
 def test_a_damaged_ledger_fails_closed(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     path.write_bytes(b"this is no database" * 100)
@@ -115,9 +146,7 @@ def test_a_damaged_ledger_fails_closed(tmp_path: Path) -> None:
 
 def test_a_ledger_that_cannot_be_written_fails_closed(ledger: Ledger, tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "ledger.sqlite") as database:
-        database.execute(
-            "CREATE TRIGGER full BEFORE INSERT ON releases BEGIN SELECT RAISE(FAIL, 'disk full'); END"
-        )
+        database.execute("CREATE TRIGGER full BEFORE INSERT ON releases BEGIN SELECT RAISE(FAIL, 'disk full'); END")
     database.close()
     with pytest.raises(StorageError):
         ledger.reserve(request(), b"key", allow)
@@ -134,6 +163,7 @@ class SiteUnderCrashes(RuleBasedStateMachine):
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
         self.path = Path(self.folder.name) / "ledger.sqlite"
+        Ledger.create(self.path)
         self.released: dict[tuple[int, bytes], bytes] = {}
         self.computed: dict[int, set[tuple[bytes, str]]] = {}
         self.keys = 0
@@ -179,7 +209,5 @@ class SiteUnderCrashes(RuleBasedStateMachine):
         assert all(len(attempts) == 1 for attempts in self.computed.values())
 
 
-SiteUnderCrashes.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=25, deadline=None, derandomize=True
-)
+SiteUnderCrashes.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None, derandomize=True)
 TestSiteUnderCrashes: Callable[..., object] = SiteUnderCrashes.TestCase

@@ -12,9 +12,10 @@ from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 import client.site
 from client.app import SITE_FOLDER, app
 from client.config import SitePolicy
-from client.site import Site
+from client.ledger import Ledger
+from client.site import LEDGER, Site
 from shared.accounting import epsilon_of
-from shared.errors import BudgetExceeded, ErrorCode, PolicyError, ProtocolError
+from shared.errors import BudgetExceeded, ErrorCode, PlanError, PolicyError, ProtocolError
 from shared.messages import PlanQuery, TrainReply, TrainRequest, error_code
 from shared.plan import RunPlan
 from shared.tasks.registry import find_task
@@ -37,7 +38,7 @@ POLICY = SitePolicy(
     tasks=("nodule-classification",),
     max_epsilon=PLAN.epsilon(),
     max_delta=0.01,
-    simulation_seed=4,
+    max_sample_rate=0.6,
 )
 
 
@@ -45,6 +46,7 @@ POLICY = SitePolicy(
 def site(tmp_path: Path, make_nodule_store: Any) -> Site:
     make_nodule_store(tmp_path / "store")
     POLICY.write(tmp_path / "site.toml")
+    Ledger.create(tmp_path / LEDGER)
     return Site(tmp_path)
 
 
@@ -70,6 +72,51 @@ def test_policy_survives_its_file(tmp_path: Path) -> None:
     assert SitePolicy.read(tmp_path / "site.toml") == POLICY
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        'tasks = "nodule-classification-and-more"',
+        "max-epsilon = true",
+        "max-epsilon = nan",
+        "max-grad-norm = nan",
+        "max-sample-rate = nan",
+        "min-noise-multiplier = nan",
+        "max-delta = 0.9",
+        "declared-patients = 0",
+        "declared-patients = 10.5",
+        'name = ""',
+        "simulation-seed = 4",
+        "surprise = 1",
+    ],
+)
+def test_a_policy_that_would_permit_anything_is_refused(tmp_path: Path, line: str) -> None:
+    POLICY.write(tmp_path / "site.toml")
+    key = line.split(" = ", maxsplit=1)[0]
+    kept = [old for old in (tmp_path / "site.toml").read_text().splitlines() if not old.startswith(key + " ")]
+    (tmp_path / "site.toml").write_text("\n".join([*kept, line]))
+    with pytest.raises(PolicyError):
+        SitePolicy.read(tmp_path / "site.toml")
+
+
+def test_a_task_that_exists_but_is_not_permitted_is_refused(site: Site, tmp_path: Path) -> None:
+    replace(POLICY, tasks=("another",)).write(tmp_path / "site.toml")
+    with pytest.raises(PolicyError, match="not permitted"):
+        Site(tmp_path).answer_query(PlanQuery("run", PLAN))
+
+
+def test_two_hospitals_never_share_noise(site: Site, tmp_path: Path, make_nodule_store: Any) -> None:
+    """Same name, same data, same request: only the secret key differs."""
+    make_nodule_store(tmp_path / "twin" / "store")
+    POLICY.write(tmp_path / "twin" / "site.toml")
+    Ledger.create(tmp_path / "twin" / LEDGER)
+    first, second = site.answer_train(request()), Site(tmp_path / "twin").answer_train(request())
+    assert abs(np.corrcoef(first.weights, second.weights)[0, 1]) < 0.05
+
+
+def test_metrics_are_refused(site: Site) -> None:
+    assert error_code(ask(site, "evaluate", RecordDict())) is ErrorCode.BAD_MESSAGE
+
+
 def test_an_acceptable_plan_is_accepted_and_costs_nothing(site: Site) -> None:
     offer = site.answer_query(PlanQuery("run", PLAN))
     assert (offer.site, offer.declared_patients, offer.plan_digest) == ("st-elsewhere", 10, PLAN.digest)
@@ -83,10 +130,12 @@ def test_an_acceptable_plan_is_accepted_and_costs_nothing(site: Site) -> None:
         {"noise_multiplier": 0.0},
         {"max_grad_norm": 100.0},
         {"delta": 0.5},
+        {"sample_rate": 0.9},
+        {"task": "other-task"},
     ],
 )
 def test_a_plan_against_the_policy_is_refused(site: Site, change: dict[str, float]) -> None:
-    with pytest.raises(PolicyError):
+    with pytest.raises((PolicyError, PlanError)):
         site.answer_query(PlanQuery("run", replace(PLAN, **change)))  # type: ignore[arg-type]
 
 
@@ -125,11 +174,10 @@ def test_a_crash_in_training_is_repeated_to_the_same_bytes(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a fresh key per release, as in a deployment: the key is kept until commit."""
-    replace(POLICY, simulation_seed=None).write(tmp_path / "site.toml")
     real, outputs = client.site.train_round, []
 
-    def crash_after_training(*args: Any) -> Any:
-        outputs.append(real(*args))
+    def crash_after_training(*args: Any, **named: Any) -> Any:
+        outputs.append(real(*args, **named))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -142,7 +190,6 @@ def test_a_crash_in_training_is_repeated_to_the_same_bytes(
 
 
 def test_two_releases_never_share_noise_in_a_deployment(site: Site, tmp_path: Path) -> None:
-    replace(POLICY, simulation_seed=None).write(tmp_path / "site.toml")
     first = Site(tmp_path).answer_train(request(1))
     second = Site(tmp_path).answer_train(request(2))
     assert np.abs(first.weights - second.weights).max() > 0.01
@@ -174,7 +221,7 @@ def test_through_the_app_only_the_agreed_fields_leave(site: Site) -> None:
 def test_an_exception_leaves_as_a_bare_code(
     site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(*_args: Any) -> None:
+    def fail(*_args: Any, **_named: Any) -> None:
         raise RuntimeError("CANARY Mrs Jones /data/jones.dcm")
 
     monkeypatch.setattr(client.site, "train_round", fail)

@@ -111,7 +111,7 @@ def make(folder: Path, **changes: Any) -> Registry:
     for turn in range(4):
         replies = dict.fromkeys(sites, OK) if turn else {}
         if turn == 2 and len(sites) > 1:
-            replies |= {sites[1]: changes.get("outcome", "internal")}
+            replies |= {sites[1]: changes.get("outcome", "budget-exceeded")}
         evaluation = changes["evaluation"] if "evaluation" in changes else judged(turn)
         store.add_round("run-7", RoundRow(turn, 1.25 * turn, evaluation, replies))
     for name, value in changes.get("notes", {"baselines": BASELINES, "data": "texture is simulated"}).items():
@@ -155,7 +155,7 @@ def test_it_shows_the_registrys_numbers(tmp_path: Path) -> None:
     assert f"alpha 100 3 {epsilon_text(PLAN.epsilon(3))} 0.001 took part" in shown.text
     assert f"beta 200 2 {epsilon_text(PLAN.epsilon(2))} 0.001 took part" in shown.text
     assert "node-99 – 0 – 0.001 policy-refused" in shown.text
-    assert "beta: internal" in shown.words
+    assert "beta: budget-exceeded" in shown.words
     assert "2 of 3" in shown.words
 
 
@@ -202,9 +202,7 @@ def test_equal_records_give_equal_bytes(tmp_path: Path) -> None:
 
 def test_names_cannot_inject_markup(tmp_path: Path) -> None:
     attack = "<script>alert('$x$')</script>\"&"
-    shown = page(
-        tmp_path, sites=(attack, "beta"), notes={"data": attack, "start": attack, "baselines": {attack: {}}}
-    )
+    shown = page(tmp_path, sites=(attack, "beta"), notes={"data": attack, "start": attack, "baselines": {attack: {}}})
     assert "<script" not in shown.source
     assert attack in shown.words
 
@@ -277,9 +275,7 @@ def test_undefined_metrics_are_dashes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("task", ["glucose-forecast", "nodule-classification"])
 def test_another_tasks_metrics_are_shown_without_its_curves(tmp_path: Path, task: str) -> None:
-    regression = Evaluation(
-        {"negative_rmse": Estimate(-21.5, -23.0, -20.0), "mae": 15.25}, {"adult": {"mae": 14.0}}
-    )
+    regression = Evaluation({"negative_rmse": Estimate(-21.5, -23.0, -20.0), "mae": 15.25}, {"adult": {"mae": 14.0}})
     shown = page(tmp_path, plan=replace(PLAN, task=task), evaluation=regression, notes={})
     assert "Negative rmse -21.500 on held-out patients" in shown.text
     assert "-23.000 to -20.000" in shown.words

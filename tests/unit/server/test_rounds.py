@@ -39,7 +39,7 @@ class ScriptedGrid(LocalGrid):
     """A grid whose nodes answer as a test says. Site n adds n to every weight and declares 10 n patients."""
 
     def __init__(self, answers: dict[int, Answer | None]) -> None:
-        super().__init__([Path()] * 3)
+        super().__init__([Path()] * 3, seed=0)
         self.nodes = dict(zip(self._folders, (1, 2, 3), strict=True))
         self.answers = answers
         self.requests: list[TrainRequest] = []

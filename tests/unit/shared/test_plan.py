@@ -21,7 +21,7 @@ PLAN = RunPlan(
     delta=1e-3,
     learning_rate=0.5,
 )
-GOLDEN_DIGEST = "4c554bdf2d5b8858"
+GOLDEN_DIGEST = "52ec4417485eb4d1"
 
 
 def test_digest_is_stable_across_versions() -> None:
@@ -36,12 +36,19 @@ def test_text_round_trip() -> None:
 def test_every_field_enters_the_digest() -> None:
     changed = {
         "task": "other", "rounds": 21, "local_steps": 3, "sample_rate": 0.4, "records_per_patient": 5,
-        "max_grad_norm": 2.0, "noise_multiplier": 2.5, "delta": 1e-4, "optimizer": "adam", "learning_rate": 0.1,
-        "momentum": 0.9, "patience": 3, "min_sites": 2, "deadline_s": 60.0, "seed": 1, "init": "abc",
+        "max_grad_norm": 2.0, "noise_multiplier": 2.5, "delta": 1e-4, "optimizer": "adam",
+        "learning_rate": 0.1, "schedule": "linear", "momentum": 0.9, "patience": 3, "min_sites": 2,
+        "deadline_s": 60.0, "engine": "opacus", "seed": 1, "init": "abc",
     }  # fmt: skip
     assert set(changed) == set(asdict(PLAN))
     digests = {replace(PLAN, **{name: value}).digest for name, value in changed.items()}
     assert len(digests | {PLAN.digest}) == len(changed) + 1
+
+
+def test_the_linear_schedule_falls_by_equal_parts() -> None:
+    rates = [replace(PLAN, rounds=4, schedule="linear").learning_rate_in(number) for number in (1, 2, 3, 4)]
+    assert rates == pytest.approx([0.5, 0.375, 0.25, 0.125])
+    assert PLAN.learning_rate_in(20) == 0.5
 
 
 def test_epsilon_grows_with_rounds() -> None:
@@ -56,7 +63,9 @@ def test_epsilon_grows_with_rounds() -> None:
     [
         ("rounds", 0), ("rounds", "20"), ("rounds", True), ("rounds", 2.0), ("sample_rate", 0.0),
         ("sample_rate", 1.5), ("max_grad_norm", 0.0), ("learning_rate", float("inf")), ("delta", 0.0),
-        ("optimizer", "lbfgs"), ("momentum", 1.0), ("noise_multiplier", -1.0), ("patience", -1), ("task", 5),
+        ("optimizer", "lbfgs"), ("engine", "magic"), ("records_per_patient", 10**6), ("local_steps", 10**9),
+        ("max_grad_norm", 1e-40), ("noise_multiplier", 0.01), ("noise_multiplier", 1e9), ("sample_rate", 1e-9),
+        ("schedule", "cosine"),        ("momentum", 1.0), ("noise_multiplier", -1.0), ("patience", -1), ("task", 5),
         ("min_sites", 0), ("noise_multiplier", float("nan")),
     ],
 )  # fmt: skip

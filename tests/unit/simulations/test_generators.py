@@ -56,9 +56,7 @@ def series_of(images, site):
     grouped = {}
     for _, image in images[site]:
         grouped.setdefault(image.SeriesInstanceUID, []).append(image)
-    return {
-        uid: sorted(slices, key=lambda image: image.ImagePositionPatient[2]) for uid, slices in grouped.items()
-    }
+    return {uid: sorted(slices, key=lambda image: image.ImagePositionPatient[2]) for uid, slices in grouped.items()}
 
 
 def ball(radius, step=1.0):
@@ -176,9 +174,7 @@ def test_real_nodules_keep_their_diameter_when_turned_and_rasterised():
 
 
 def test_the_layout_is_one_folder_for_each_hospital_and_nothing_else(hospitals):
-    assert sorted(path.name for path in hospitals[0].parent.iterdir()) == [
-        f"site-{n}" for n in range(1, SITES + 1)
-    ]
+    assert sorted(path.name for path in hospitals[0].parent.iterdir()) == [f"site-{n}" for n in range(1, SITES + 1)]
     for site in hospitals:
         rows = findings(site)
         assert tuple(rows[0]) == COLUMNS
@@ -230,10 +226,7 @@ def test_instance_numbers_follow_position_in_some_hospitals_only(images):
     for site in images:
         series = series_of(images, site).values()
         follows.append(
-            all(
-                [i.InstanceNumber for i in s] == sorted((i.InstanceNumber for i in s), reverse=True)
-                for s in series
-            )
+            all([i.InstanceNumber for i in s] == sorted((i.InstanceNumber for i in s), reverse=True) for s in series)
         )
     assert {True, False} == set(follows)
 

@@ -63,11 +63,11 @@ def test_an_interrupted_run_ends_in_the_very_same_weights(
     whole = start(simulation(data), tmp_path / "whole", DISPLAY)
     real, calls = client.site.train_round, []
 
-    def interrupted(*args: Any) -> Any:
+    def interrupted(*args: Any, **named: Any) -> Any:
         calls.append(1)
         if len(calls) == call + 1:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(*args, **named)
 
     with monkeypatch.context() as patched:
         patched.setattr(client.site, "train_round", interrupted)

@@ -1,0 +1,228 @@
+"""Book-keeping for convolutions in one, two and three dimensions, and the transposed one in two.
+
+A convolution is a linear layer over its unfolding: one position per output pixel, whose input is the receptive
+field. The unfolding is a strided view of the padded, channels-last input, copied in chunks that fit the cache; so
+memory is bounded whatever the image's size. Where the Gram product is cheaper (small maps, many channels) each
+patient's norm comes from it, and the clipped sum from torch's own weight gradient of the scaled output gradient;
+else each patient's gradient is formed, and the clipped sum is one vector-matrix product.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shared.dp.tape import Contribution, Tape, gram_is_cheaper, gram_norm, square_norm
+
+_aten = torch.ops.aten
+_CHUNK_FLOATS = 1 << 18
+"""Floats of an unfolding handled at once: one MiB, which stays in the second-level cache."""
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a kernel moves.
+
+    Attributes:
+        kernel, stride, padding, dilation: One number per spatial dimension.
+        output_padding: Of a transposed convolution.
+        groups: Channel groups.
+        transposed: Whether it is a transposed convolution.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    groups: int
+    transposed: bool
+
+    @classmethod
+    def of(cls, module: Convolution) -> "Geometry":
+        """Read a module's geometry; padding given as a word is worked out."""
+        padding = module.padding
+        if padding == "valid":
+            padding = (0,) * len(module.kernel_size)
+        elif padding == "same":
+            padding = tuple(d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
+        return cls(
+            tuple(module.kernel_size),
+            tuple(module.stride),
+            tuple(int(p) for p in padding),
+            tuple(module.dilation),
+            tuple(module.output_padding),
+            module.groups,
+            isinstance(module, nn.ConvTranspose2d),
+        )
+
+
+def supports(module: Convolution) -> bool:
+    """Whether the geometry is one of those handled: zero padding, the same on both sides."""
+    same = module.padding == "same"
+    uneven = same and any(d * (k - 1) % 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
+    return module.padding_mode == "zeros" and not uneven
+
+
+def convolution(module: Convolution, tape: Tape, inputs: Tensor) -> Tensor:
+    """``nn.Conv1d/2d/3d`` and ``nn.ConvTranspose2d`` on ``(N, C, ...)``."""
+    output: Tensor = _Convolution.apply(inputs, module.weight, module.bias, Geometry.of(module), tape)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, tape: Tape
+    ) -> Tensor:
+        ctx.tape, ctx.parameters, ctx.geometry = tape, (weight, bias), geometry
+        ctx.save_for_backward(inputs, weight)
+        output: Tensor = _aten.convolution(inputs, weight, bias, *_arguments(geometry))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            gradient = _aten.convolution_backward(
+                output_gradient, inputs, weight, None, *_arguments(ctx.geometry), [True, False, False]
+            )[0]
+        ctx.tape.add(_contribution(ctx.parameters, ctx.geometry, inputs, output_gradient, ctx.tape.patients))
+        return gradient, None, None, None, None
+
+
+def _arguments(geometry: Geometry) -> tuple[Any, ...]:
+    return (
+        geometry.stride, geometry.padding, geometry.dilation,
+        geometry.transposed, geometry.output_padding, geometry.groups,
+    )  # fmt: skip
+
+
+def _contribution(
+    parameters: tuple[nn.Parameter, nn.Parameter | None],
+    geometry: Geometry,
+    inputs: Tensor,
+    output_gradient: Tensor,
+    patients: int,
+) -> Contribution:
+    weight, bias = parameters
+    # Transposed, the roles swap: the weight gradient correlates the output gradient with the input.
+    wide, narrow = (output_gradient, inputs) if geometry.transposed else (inputs, output_gradient)
+    positions = narrow[0, 0].numel() * (len(inputs) // patients)
+    if gram_is_cheaper(positions, weight[0].numel(), weight.shape[0] // geometry.groups) and geometry.groups == 1:
+        norms, of_weight = _by_gram(weight, geometry, inputs, output_gradient, patients)
+    else:
+        gradients = patient_gradients(wide, narrow, geometry, patients)
+        norms = square_norm(gradients)
+
+        def of_weight(coefficients: Tensor) -> Tensor:
+            return _as_weight((coefficients @ gradients.flatten(1)).view(gradients.shape[1:]), weight)
+
+    if bias is None:
+        return Contribution((weight,), norms, lambda c: (of_weight(c),))
+    of_bias = output_gradient.flatten(2).sum(2).view(patients, -1, output_gradient.shape[1]).sum(1)
+    return Contribution((weight, bias), norms + square_norm(of_bias), lambda c: (of_weight(c), c @ of_bias))
+
+
+def _by_gram(
+    weight: Tensor, geometry: Geometry, inputs: Tensor, output_gradient: Tensor, patients: int
+) -> tuple[Tensor, Any]:
+    wide, narrow = (output_gradient, inputs) if geometry.transposed else (inputs, output_gradient)
+    view, channels_last = _unfolding(wide, narrow.shape[2:], geometry), narrow.movedim(1, -1)
+    records = len(inputs) // patients
+    at_once = max(1, _CHUNK_FLOATS // (view[0].numel() * records))
+    norms = torch.cat(
+        [
+            gram_norm(
+                part.reshape(len(part) // records, -1, weight[0].numel()),
+                fields.reshape(len(part) // records, -1, fields.shape[-1]),
+            )
+            for part, fields in zip(view.split(at_once * records), channels_last.split(at_once * records), strict=True)
+        ]
+    )
+
+    def of_weight(coefficients: Tensor) -> Tensor:
+        shape = (-1, *[1] * (inputs.dim() - 1))
+        scaled = output_gradient * coefficients.repeat_interleave(records).view(shape)
+        gradient: Tensor = _aten.convolution_backward(
+            scaled, inputs, weight, None, *_arguments(geometry), [False, True, False]
+        )[1]
+        return gradient
+
+    return norms, of_weight
+
+
+def patient_gradients(wide: Tensor, narrow: Tensor, geometry: Geometry, patients: int) -> Tensor:
+    """Return each patient's gradient ``(B, groups, fields, outputs)`` or with the last two swapped.
+
+    Args:
+        wide: What is unfolded, ``(N, C, ...)``.
+        narrow: One value per position, ``(N, O, ...)``.
+        geometry: Of the kernel.
+        patients: B; a patient's records are consecutive rows.
+    """
+    view = _unfolding(wide, narrow.shape[2:], geometry)
+    count, groups = len(wide), geometry.groups
+    fields = narrow.movedim(1, -1).reshape(count, -1, groups, narrow.shape[1] // groups)
+    positions, width = fields.shape[1], view[0].numel() // (fields.shape[1] * groups)
+    fields = fields.transpose(1, 2).reshape(patients, -1, groups, positions, fields.shape[-1])
+    records = count // patients
+    at_once = max(1, _CHUNK_FLOATS // (view[0].numel() * records))
+    tall = width < fields.shape[-1]
+    shape = (width, fields.shape[-1]) if tall else (fields.shape[-1], width)
+    result: Tensor = wide.new_empty((patients, groups, *shape))
+    for start in range(0, patients, at_once):
+        chosen = slice(start, min(start + at_once, patients))
+        part = view[chosen.start * records : chosen.stop * records]
+        x = _grouped(part, groups, positions, width).view(-1, records, groups, positions, width)
+        x = x.transpose(1, 2).reshape(-1, records * positions, width)
+        g = fields[chosen].transpose(1, 2).reshape(-1, records * positions, fields.shape[-1])
+        product = x.transpose(1, 2) @ g if tall else g.transpose(1, 2) @ x
+        result[chosen] = product.view(-1, groups, *shape)
+    return result
+
+
+def _grouped(view: Tensor, groups: int, positions: int, width: int) -> Tensor:
+    """Return an unfolding ``(n, *out, *kernel, C)`` as contiguous ``(n, groups, T, width)``."""
+    if groups == 1:
+        return view.reshape(len(view), 1, positions, width)
+    spatial = view.dim() - 2
+    split: Tensor = view.unflatten(-1, (groups, -1))  # (n, *out, *kernel, g, C/g)
+    moved = split.movedim(spatial + 1, 1)
+    return moved.reshape(len(view), groups, positions, width)
+
+
+def _unfolding(tensor: Tensor, out: torch.Size, geometry: Geometry) -> Tensor:
+    """Return a strided view ``(N, *out, *kernel, C)`` of the padded, channels-last tensor."""
+    spatial, channels = tensor.shape[2:], tensor.shape[1]
+    # The last receptive field may not reach the far edge, or reach past it by output padding.
+    needed = [
+        max(s + 2 * p, (o - 1) * st + d * (k - 1) + 1)
+        for s, p, o, st, d, k in zip(
+            spatial, geometry.padding, out, geometry.stride, geometry.dilation, geometry.kernel, strict=True
+        )
+    ]
+    moved = tensor.movedim(1, -1)
+    if any(geometry.padding) or list(spatial) != needed:
+        padded = tensor.new_zeros((len(tensor), *needed, channels))
+        inner = tuple(slice(p, p + s) for p, s in zip(geometry.padding, spatial, strict=True))
+        padded[(slice(None), *inner)] = moved
+    else:
+        padded = moved.contiguous()
+    record, *lines, pixel = padded.stride()
+    steps = [line * st for line, st in zip(lines, geometry.stride, strict=True)]
+    taps = [line * d for line, d in zip(lines, geometry.dilation, strict=True)]
+    return padded.as_strided((len(tensor), *out, *geometry.kernel, channels), (record, *steps, *taps, pixel))
+
+
+def _as_weight(summed: Tensor, weight: Tensor) -> Tensor:
+    """Return ``(groups, fields, outputs)`` or swapped, fields ordered (kernel, channel), in the weight's shape."""
+    groups = summed.shape[0]
+    outputs, per_group, *kernel = weight.shape[0] // groups, weight.shape[1], *weight.shape[2:]
+    width = weight[0].numel()
+    if width < outputs:
+        summed = summed.transpose(1, 2)
+    return summed.reshape(groups * outputs, *kernel, per_group).movedim(-1, 1)

@@ -1,0 +1,55 @@
+"""The reference engine: Opacus's hooks form every record's gradient; slow, simple, and the tests' second opinion."""
+
+import warnings
+
+import torch
+from opacus import GradSampleModule
+from torch import Tensor, nn
+
+from shared.dp.clipping import clip_coefficients
+from shared.dp.tape import square_norm
+
+
+class OpacusHooks:
+    """See :class:`shared.dp.engine.BookKeeping` for the interface."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._module = GradSampleModule(model, loss_reduction="sum")
+        # Opacus 1.6 computes wrong gradients on channels-last convolution inputs (its unfold2d assumes NCHW).
+        self._guards = [
+            module.register_forward_pre_hook(_contiguous)
+            for module in model.modules()
+            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        ]
+        self._patients = 0
+
+    def start(self, patients: int) -> None:
+        """Expect a forward and backward pass over ``patients`` patients."""
+        self._patients = patients
+
+    def clipped_sum(self, losses: Tensor, bound: float, real: int) -> Tensor:
+        """Set ``grad`` to the clipped sum of the first ``real`` patients; return all norms ``(B,)``."""
+        with warnings.catch_warnings():
+            # The first layer's input is data and has no gradient; torch remarks on it at every hook.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            losses.sum().backward()
+        parameters = [p for p in self._module.parameters() if p.requires_grad]
+        with torch.no_grad():
+            # The K records of a patient are consecutive rows: their sum is the gradient of the patient's mean.
+            by_patient = [p.grad_sample.view(self._patients, -1, *p.shape).sum(1) for p in parameters]
+            norms = torch.stack([square_norm(gradient) for gradient in by_patient]).sum(0).sqrt()
+            coefficients = clip_coefficients(norms, bound, real)
+            for parameter, gradient in zip(parameters, by_patient, strict=True):
+                parameter.grad = torch.einsum("b,b...->...", coefficients, gradient)
+                parameter.grad_sample = None
+        return norms
+
+    def close(self) -> None:
+        """Detach from the model, leaving it an ordinary one."""
+        for guard in self._guards:
+            guard.remove()
+        self._module.to_standard_module()
+
+
+def _contiguous(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(tensor.contiguous() for tensor in inputs)

@@ -1,0 +1,30 @@
+"""Opacus's ``DPOptimizer`` over gradients that are clipped and summed already: it noises, scales and steps."""
+
+from typing import Any
+
+from opacus.optimizers import DPOptimizerFastGradientClipping
+from torch.optim import Optimizer
+
+from shared.dp.noise import NoiseSource
+
+
+class NoisySum(DPOptimizerFastGradientClipping):  # type: ignore[misc]
+    """Takes ``p.grad`` as the clipped sum of one physical part; noises once the parts are added up."""
+
+    def __init__(self, optimizer: Optimizer, noise: NoiseSource, **settings: Any) -> None:
+        super().__init__(optimizer, **settings)
+        self._noise = noise
+
+    def accumulate(self) -> None:
+        """Add this part's clipped sum in double precision, so that rounding adds nothing to the sensitivity."""
+        for parameter in self.params:
+            part = parameter.grad.double()
+            parameter.summed_grad = part if parameter.summed_grad is None else parameter.summed_grad + part
+            parameter.grad = None
+
+    def add_noise(self) -> None:
+        """Noise the sum; Opacus's own noise is neither secret nor safe against floating-point attacks."""
+        deviation = self.noise_multiplier * self.max_grad_norm
+        for parameter in self.params:
+            noised = self._noise.add(parameter.summed_grad, deviation)
+            parameter.grad = noised.to(parameter.dtype).view_as(parameter)

@@ -1,0 +1,91 @@
+"""What a backward pass leaves behind for clipping: per layer, patients' squared norms and a weighted sum.
+
+Each supported layer's backward returns its input's gradient only. In place of the weights' gradient it writes a
+:class:`Contribution` here, from (input, output gradient), while both are still in the cache.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from shared.errors import FederationError
+
+Weighted = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Contribution:
+    """One layer's part of every patient's gradient.
+
+    Attributes:
+        parameters: The parameters it concerns.
+        square_norms: ``(B,)`` squared L2 norm of each patient's gradient of them.
+        weighted: Maps coefficients ``(B,)`` to Σ_b coefficient_b · gradient_b, one tensor per parameter.
+    """
+
+    parameters: tuple[nn.Parameter, ...]
+    square_norms: Tensor
+    weighted: Weighted
+
+
+@dataclass
+class Tape:
+    """The contributions of one forward and backward pass over ``patients`` patients."""
+
+    patients: int = 0
+    contributions: list[Contribution] = field(default_factory=list)
+
+    def start(self, patients: int) -> None:
+        """Forget the last pass and expect one over ``patients`` patients."""
+        self.patients = patients
+        self.contributions = []
+
+    def add(self, contribution: Contribution) -> None:
+        """Note a layer's contribution."""
+        self.contributions.append(contribution)
+
+    def complete(self, parameters: set[nn.Parameter]) -> Iterator[Contribution]:
+        """Yield the contributions, once it is sure that each parameter occurs in exactly one.
+
+        Raises:
+            FederationError: If a parameter was used twice, or used where no contribution is written: its
+                gradient would be clipped wrongly or not at all.
+        """
+        seen: set[nn.Parameter] = set()
+        for contribution in self.contributions:
+            if seen & set(contribution.parameters):
+                raise FederationError(
+                    "A layer was called twice in one forward pass; use engine='opacus' for such a model."
+                )
+            seen |= set(contribution.parameters)
+            yield contribution
+        if missing := parameters - seen:
+            shapes = ", ".join(str(tuple(parameter.shape)) for parameter in missing)
+            raise FederationError(f"Parameters of shape {shapes} got no gradient in the forward pass.")
+
+
+def by_patient(tensor: Tensor, patients: int) -> Tensor:
+    """Return ``(N, T, d)`` as ``(B, N/B·T, d)``: a patient's records are further positions of the same layer."""
+    return tensor.reshape(patients, -1, tensor.shape[-1])
+
+
+def square_norm(gradients: Tensor) -> Tensor:
+    """Return ``(B,)`` squared norms of ``(B, ...)``."""
+    flat = gradients.flatten(1)
+    return flat.square().sum(1)
+
+
+def gram_norm(inputs: Tensor, outputs: Tensor) -> Tensor:
+    """Return ``(B,)`` squared norms of Σ_t g_t x_tᵀ from ``(B, T, d)`` and ``(B, T, p)`` without forming them.
+
+    ‖Σ_t g_t x_tᵀ‖² = Σ_{s,t} (x_s·x_t)(g_s·g_t); Bu et al. 2022, equation 3.
+    """
+    if inputs.shape[1] == 1:
+        return inputs.square().sum((1, 2)) * outputs.square().sum((1, 2))
+    return (inputs @ inputs.transpose(1, 2) * (outputs @ outputs.transpose(1, 2))).sum((1, 2))
+
+
+def gram_is_cheaper(positions: int, inputs: int, outputs: int) -> bool:
+    """Whether 2T² < p·d: two Gram matrices then cost less than each patient's gradient (Bu et al. 2022)."""
+    return 2 * positions * positions < inputs * outputs
