@@ -67,6 +67,7 @@ def run(
     learning_rate: Annotated[float | None, typer.Option(help="Of the sites' optimizer.")] = None,
     schedule: Annotated[str | None, typer.Option(help="Of the learning rate: 'constant' or 'linear'.")] = None,
     momentum: Annotated[float | None, typer.Option(help="Of sgd.")] = None,
+    engine: Annotated[str | None, typer.Option(help="Who clips: 'bookkeeping' or 'opacus' (slow).")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
 ) -> None:
     """Run a federation to its end and write summary.json and report.html."""
@@ -91,6 +92,7 @@ def run(
         "learning_rate": learning_rate,
         "schedule": schedule,
         "momentum": momentum,
+        "engine": engine,
         "init": _sha256(init),
     }
     simulation = Simulation(
