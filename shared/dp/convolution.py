@@ -7,6 +7,8 @@ patient's norm comes from it, and the clipped sum from torch's own weight gradie
 else each patient's gradient is formed, and the clipped sum is one vector-matrix product.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from shared.dp.tape import Contribution, Tape, gram_is_cheaper, gram_norm, square_norm
 
 _aten = torch.ops.aten
+_IMAGE_DIMENSIONS = 4
 _CHUNK_FLOATS = 1 << 18
 """Floats of an unfolding handled at once: one MiB, which stays in the second-level cache."""
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d
@@ -67,9 +70,23 @@ def supports(module: Convolution) -> bool:
 
 
 def convolution(module: Convolution, tape: Tape, inputs: Tensor) -> Tensor:
-    """``nn.Conv1d/2d/3d`` and ``nn.ConvTranspose2d`` on ``(N, C, ...)``."""
+    """``nn.Conv1d/2d/3d`` and ``nn.ConvTranspose2d`` on ``(N, C, ...)``.
+
+    Images go on in channels-last layout: the unfolding copies long runs then, and torch's kernels are faster too.
+    """
+    if inputs.dim() == _IMAGE_DIMENSIONS:
+        inputs = channels_last(inputs)
     output: Tensor = _Convolution.apply(inputs, module.weight, module.bias, Geometry.of(module), tape)  # type: ignore[no-untyped-call]
     return output
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """Return ``(N, C, H, W)`` laid out with the channels last, and with strides that say so even where C is 1."""
+    laid_out = images.contiguous(memory_format=torch.channels_last)
+    count, channels, height, width = images.shape
+    if channels > 1 or not count:
+        return laid_out
+    return laid_out.as_strided(images.shape, (height * width, 1, width, 1))
 
 
 class _Convolution(torch.autograd.Function):
@@ -131,16 +148,12 @@ def _by_gram(
     weight: Tensor, geometry: Geometry, inputs: Tensor, output_gradient: Tensor, patients: int
 ) -> tuple[Tensor, Any]:
     wide, narrow = (output_gradient, inputs) if geometry.transposed else (inputs, output_gradient)
-    view, channels_last = _unfolding(wide, narrow.shape[2:], geometry), narrow.movedim(1, -1)
-    records = len(inputs) // patients
-    at_once = max(1, _CHUNK_FLOATS // (view[0].numel() * records))
+    records, width = len(inputs) // patients, weight[0].numel()
+    g = narrow.movedim(1, -1).reshape(patients, -1, narrow.shape[1])
     norms = torch.cat(
         [
-            gram_norm(
-                part.reshape(len(part) // records, -1, weight[0].numel()),
-                fields.reshape(len(part) // records, -1, fields.shape[-1]),
-            )
-            for part, fields in zip(view.split(at_once * records), channels_last.split(at_once * records), strict=True)
+            gram_norm(fields.view(len(fields) // records, -1, width), g[start : start + len(fields) // records])
+            for start, fields in _chunks(_unfolding(wide, narrow.shape[2:], geometry), records)
         ]
     )
 
@@ -156,7 +169,9 @@ def _by_gram(
 
 
 def patient_gradients(wide: Tensor, narrow: Tensor, geometry: Geometry, patients: int) -> Tensor:
-    """Return each patient's gradient ``(B, groups, fields, outputs)`` or with the last two swapped.
+    """Return each patient's gradient ``(B, groups, fields, outputs)``, or with the last two swapped.
+
+    The wider of the two comes last, so that the products' rows are long.
 
     Args:
         wide: What is unfolded, ``(N, C, ...)``.
@@ -165,34 +180,32 @@ def patient_gradients(wide: Tensor, narrow: Tensor, geometry: Geometry, patients
         patients: B; a patient's records are consecutive rows.
     """
     view = _unfolding(wide, narrow.shape[2:], geometry)
-    count, groups = len(wide), geometry.groups
-    fields = narrow.movedim(1, -1).reshape(count, -1, groups, narrow.shape[1] // groups)
-    positions, width = fields.shape[1], view[0].numel() // (fields.shape[1] * groups)
-    fields = fields.transpose(1, 2).reshape(patients, -1, groups, positions, fields.shape[-1])
-    records = count // patients
-    at_once = max(1, _CHUNK_FLOATS // (view[0].numel() * records))
-    tall = width < fields.shape[-1]
-    shape = (width, fields.shape[-1]) if tall else (fields.shape[-1], width)
+    groups, outputs = geometry.groups, narrow.shape[1] // geometry.groups
+    records, positions, taps = len(wide) // patients, narrow[0, 0].numel(), math.prod(geometry.kernel)
+    width = view[0].numel() // (positions * groups)
+    g = narrow.movedim(1, -1).reshape(patients, records * positions, groups, outputs)
+    shape = (width, outputs) if width < outputs else (outputs, width)
     result: Tensor = wide.new_empty((patients, groups, *shape))
-    for start in range(0, patients, at_once):
-        chosen = slice(start, min(start + at_once, patients))
-        part = view[chosen.start * records : chosen.stop * records]
-        x = _grouped(part, groups, positions, width).view(-1, records, groups, positions, width)
-        x = x.transpose(1, 2).reshape(-1, records * positions, width)
-        g = fields[chosen].transpose(1, 2).reshape(-1, records * positions, fields.shape[-1])
-        product = x.transpose(1, 2) @ g if tall else g.transpose(1, 2) @ x
-        result[chosen] = product.view(-1, groups, *shape)
+    for start, chunk in _chunks(view, records):
+        stop = start + len(chunk) // records
+        x = chunk.view(stop - start, records * positions, taps, groups, width // taps)
+        for group in range(groups):
+            fields = x[..., group, :].reshape(stop - start, records * positions, width)
+            left, right = (fields, g[start:stop, :, group]) if width < outputs else (g[start:stop, :, group], fields)
+            torch.bmm(left.transpose(1, 2), right, out=result[start:stop, group])
     return result
 
 
-def _grouped(view: Tensor, groups: int, positions: int, width: int) -> Tensor:
-    """Return an unfolding ``(n, *out, *kernel, C)`` as contiguous ``(n, groups, T, width)``."""
-    if groups == 1:
-        return view.reshape(len(view), 1, positions, width)
-    spatial = view.dim() - 2
-    split: Tensor = view.unflatten(-1, (groups, -1))  # (n, *out, *kernel, g, C/g)
-    moved = split.movedim(spatial + 1, 1)
-    return moved.reshape(len(view), groups, positions, width)
+def _chunks(view: Tensor, records: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield an unfolding's copy a few patients at a time, each with its first patient's number.
+
+    All chunks share one buffer: a fresh one each time would cost more in page faults than the copy itself.
+    """
+    at_once = max(1, _CHUNK_FLOATS // (view[0].numel() * records)) * records
+    buffer = view.new_empty((min(at_once, len(view)), *view.shape[1:]))
+    for start in range(0, len(view), at_once):
+        part = view[start : start + at_once]
+        yield start // records, buffer[: len(part)].copy_(part)
 
 
 def _unfolding(tensor: Tensor, out: torch.Size, geometry: Geometry) -> Tensor:

@@ -7,7 +7,7 @@ gradient of patient p's loss over *all* trainable parameters and its norm is com
 model must not mix patients (no BatchNorm); a layer that is not known is refused by name, never left unclipped.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -48,11 +48,14 @@ class BookKeeping:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._tape = Tape()
         self._attached: list[nn.Module] = []
         self._hooks: list[fallback.Sampled] = []
         self._parameters = {p for p in model.parameters() if p.requires_grad}
         _refuse_shared(model)
+        for kernel in _image_kernels(model):
+            kernel.data = convolution.channels_last(kernel.data)
         for name, module in model.named_modules():
             own = [p for p in module.parameters(recurse=False) if p.requires_grad]
             if own:
@@ -81,7 +84,9 @@ class BookKeeping:
         self._tape.start(patients)
 
     def close(self) -> None:
-        """Give the model its own forward back."""
+        """Give the model its own forward and layout back."""
+        for kernel in _image_kernels(self._model):
+            kernel.data = kernel.data.clone(memory_format=torch.contiguous_format)
         for module in self._attached:
             del module.forward
         for hook in self._hooks:
@@ -101,6 +106,13 @@ class BookKeeping:
                 f"Layer {name!r} ({type(module).__name__}) has parameters whose per-patient gradient is not "
                 "known; replace it by a supported layer."
             )
+
+
+def _image_kernels(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the kernels over images, whose layout torch's convolutions keep to."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            yield module.weight
 
 
 def _refuse_shared(model: nn.Module) -> None:

@@ -86,9 +86,8 @@ class SeededNoise:
 
     def add(self, total: Tensor, standard_deviation: float) -> Tensor:
         """Return ``total`` with noise from torch's generator."""
-        return total + standard_deviation * torch.randn(
-            total.shape, generator=self.generator, device=total.device, dtype=torch.float32
-        )
+        noise = torch.empty_like(total)
+        return noise.normal_(0.0, standard_deviation, generator=self.generator).add_(total)
 
 
 def grid_step(standard_deviation: float) -> float:

@@ -16,10 +16,10 @@ class NoisySum(DPOptimizerFastGradientClipping):  # type: ignore[misc]
         self._noise = noise
 
     def accumulate(self) -> None:
-        """Add this part's clipped sum in double precision, so that rounding adds nothing to the sensitivity."""
+        """Add this part's clipped sum, in double precision so that many parts lose nothing to rounding."""
         for parameter in self.params:
-            part = parameter.grad.double()
-            parameter.summed_grad = part if parameter.summed_grad is None else parameter.summed_grad + part
+            earlier = parameter.summed_grad
+            parameter.summed_grad = parameter.grad if earlier is None else earlier.double().add_(parameter.grad)
             parameter.grad = None
 
     def add_noise(self) -> None:

@@ -1,5 +1,8 @@
 """Book-keeping for LSTM and GRU: a scan whose backward pass emits only the gates' gradients.
 
+The scans write into buffers made once and use torch's fused derivative kernels; sequences are short and states
+small, so the number of operations is what costs.
+
 With gate gradients b_t, inputs x_t and previous states h_t a patient's squared norm is, biases included,
 
     Σ_{s,t} (b_s·b_t)(x_s·x_t + 1) + Σ_{s,t} (b_s·b_t)(h_s·h_t + 1)
@@ -8,15 +11,13 @@ and the clipped sum is one matrix product per weight. The GRU's reset gate acts 
 so its hidden side has gate gradients of its own.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.dp.compiled import compiled
-from shared.dp.tape import Contribution, Tape, by_patient, gram_norm, square_norm
+from shared.dp.tape import Contribution, Tape, gram_norm, square_norm
 from shared.errors import FederationError
 
 Output = tuple[Tensor, Tensor]
@@ -60,109 +61,115 @@ def _stack(
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-@compiled
-def lstm_forward(gates: Tensor, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Scan ``(T, N, 4H)`` input-side gates; return hidden and cell states ``(T, N, H)`` and activations."""
-    hidden = gates.new_zeros(gates.shape[1], weight.shape[1])
-    cell = torch.zeros_like(hidden)
-    transposed = weight.t()
-    hiddens, cells, activations = [], [], []
-    for t in range(gates.shape[0]):
-        i, f, g, o = torch.addmm(gates[t], hidden, transposed).chunk(4, 1)
-        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-        new_cell = f * cell + i * g
-        new_hidden = o * new_cell.tanh()
+_aten = torch.ops.aten
+_sigmoid_backward = _aten.sigmoid_backward.grad_input
+_tanh_backward = _aten.tanh_backward.grad_input
+
+
+def lstm_forward(gates: Tensor, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scan ``(T, N, 4H)`` input-side gates.
+
+    Returns:
+        Hidden states, cell states, tanh of the new cell states (all ``(T, N, H)``), and the activations i, f, g, o,
+        which overwrite ``gates``.
+    """
+    size, transposed = weight.shape[1], weight.t()
+    hiddens = gates.new_empty((*gates.shape[:2], size))
+    cells, squashed = torch.empty_like(hiddens), torch.empty_like(hiddens)
+    hidden = cell = gates.new_zeros(gates.shape[1], size)
+    for t in range(len(gates)):
+        a = gates[t].addmm_(hidden, transposed)
+        a[:, : 2 * size].sigmoid_()
+        a[:, 2 * size : 3 * size].tanh_()
+        a[:, 3 * size :].sigmoid_()
+        i, f, g, o = a.chunk(4, 1)
+        torch.mul(f, cell, out=cells[t]).addcmul_(i, g)
+        torch.tanh(cells[t], out=squashed[t])
+        torch.mul(o, squashed[t], out=hiddens[t])
         if mask is not None:
-            keep = mask[t][:, None]
-            new_cell = keep * new_cell + (1 - keep) * cell
-            new_hidden = keep * new_hidden + (1 - keep) * hidden
-        hidden, cell = new_hidden, new_cell
-        hiddens.append(hidden)
-        cells.append(cell)
-        activations.append(torch.cat([i, f, g, o], 1))
-    return torch.stack(hiddens), torch.stack(cells), torch.stack(activations)
+            torch.lerp(cell, cells[t], mask[t], out=cells[t])
+            torch.lerp(hidden, hiddens[t], mask[t], out=hiddens[t])
+        hidden, cell = hiddens[t], cells[t]
+    return hiddens, cells, squashed, gates
 
 
-@compiled
 def lstm_backward(
-    output_gradient: Tensor, cells: Tensor, activations: Tensor, weight: Tensor, mask: Tensor | None
+    output_gradient: Tensor,
+    cells: Tensor,
+    squashed: Tensor,
+    activations: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
 ) -> Tensor:
     """Return the gates' gradients ``(T, N, 4H)`` from the outputs' ``(T, N, H)``."""
-    hidden_gradient = torch.zeros_like(cells[0])
-    cell_gradient = torch.zeros_like(cells[0])
-    gradients = []
-    for t in range(cells.shape[0] - 1, -1, -1):
-        i, f, g, o = activations[t].chunk(4, 1)
-        before = cells[t - 1] if t else torch.zeros_like(cells[0])
-        now = (f * before + i * g).tanh() if mask is not None else cells[t].tanh()
-        hidden_gradient = hidden_gradient + output_gradient[t]
-        through, carried_hidden, carried_cell = hidden_gradient, None, None
-        through_cell = cell_gradient
+    result, size = torch.empty_like(activations), weight.shape[1]
+    of_hidden = torch.zeros_like(cells[0])
+    of_cell = torch.zeros_like(cells[0])
+    start = torch.zeros_like(cells[0])
+    for t in range(len(cells) - 1, -1, -1):
+        of_hidden = of_hidden + output_gradient[t]
+        kept_hidden = kept_cell = None
         if mask is not None:
-            keep = mask[t][:, None]
-            carried_hidden, carried_cell = (1 - keep) * hidden_gradient, (1 - keep) * cell_gradient
-            through, through_cell = keep * hidden_gradient, keep * cell_gradient
-        through_cell = through_cell + through * o * (1 - now * now)
-        gates = torch.cat(
-            [
-                through_cell * g * i * (1 - i),
-                through_cell * before * f * (1 - f),
-                through_cell * i * (1 - g * g),
-                through * now * o * (1 - o),
-            ],
-            1,
-        )
-        gradients.append(gates)
-        hidden_gradient, cell_gradient = gates @ weight, through_cell * f
-        if carried_hidden is not None and carried_cell is not None:
-            hidden_gradient, cell_gradient = hidden_gradient + carried_hidden, cell_gradient + carried_cell
-    return torch.stack(gradients[::-1])
+            kept_hidden, kept_cell = of_hidden * (1 - mask[t]), of_cell * (1 - mask[t])
+            of_hidden, of_cell = of_hidden * mask[t], of_cell * mask[t]
+        i, f, g, o = activations[t].chunk(4, 1)
+        of_cell = of_cell + _aten.tanh_backward(of_hidden * o, squashed[t])
+        part = result[t]
+        _sigmoid_backward(of_cell * g, i, grad_input=part[:, :size])
+        _sigmoid_backward(of_cell * (cells[t - 1] if t else start), f, grad_input=part[:, size : 2 * size])
+        _tanh_backward(of_cell * i, g, grad_input=part[:, 2 * size : 3 * size])
+        _sigmoid_backward(of_hidden * squashed[t], o, grad_input=part[:, 3 * size :])
+        if t:
+            of_hidden, of_cell = part @ weight, of_cell * f
+        if kept_hidden is not None and kept_cell is not None:
+            of_hidden, of_cell = of_hidden + kept_hidden, of_cell + kept_cell
+    return result
 
 
 class _LSTM(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, mask: Tensor | None, *arguments: Any) -> Tensor:
         w_ih, w_hh, b_ih, b_hh, tape = arguments
-        steps = None if mask is None else mask.t().to(inputs.dtype)
-        bias = None if b_ih is None else b_ih + b_hh
-        hiddens, cells, activations = lstm_forward(_project(inputs, w_ih, bias), w_hh, steps)
+        steps = _steps(mask, inputs)
+        gates = _project(inputs, w_ih, None if b_ih is None else b_ih + b_hh)
+        hiddens, *rest = lstm_forward(gates, w_hh, steps)
         ctx.tape, ctx.parameters, ctx.mask = tape, (w_ih, w_hh, b_ih, b_hh), steps
-        ctx.save_for_backward(inputs, w_ih, w_hh, hiddens, cells, activations)
+        ctx.save_for_backward(inputs, w_ih, w_hh, hiddens, *rest)
         return hiddens.transpose(0, 1)
 
     @staticmethod
     def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, w_ih, w_hh, hiddens, cells, activations = ctx.saved_tensors
-        gates = lstm_backward(output_gradient.transpose(0, 1), cells, activations, w_hh, ctx.mask)
-        _note(ctx, inputs, hiddens, gates, gates)
+        inputs, w_ih, w_hh, hiddens, cells, squashed, activations = ctx.saved_tensors
+        gates = lstm_backward(output_gradient.transpose(0, 1), cells, squashed, activations, w_hh, ctx.mask)
+        ctx.tape.add(_one_sided(ctx.parameters, inputs.transpose(0, 1), hiddens, gates, ctx.tape.patients))
         return _input_gradient(ctx, gates, w_ih), *[None] * 6
 
 
-@compiled
 def gru_forward(
     gates: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scan ``(T, N, 3H)`` input-side gates; return hidden states, activations r, z, n and the hidden side of n."""
-    hidden = gates.new_zeros(gates.shape[1], weight.shape[1])
-    size = weight.shape[1]
-    hiddens, activations, candidates = [], [], []
-    for t in range(gates.shape[0]):
-        own = hidden @ weight.t() if bias is None else torch.addmm(bias, hidden, weight.t())
-        r, z = (gates[t][:, : 2 * size] + own[:, : 2 * size]).sigmoid().chunk(2, 1)
-        candidate = own[:, 2 * size :]
-        n = (gates[t][:, 2 * size :] + r * candidate).tanh()
-        new = n + z * (hidden - n)
+    """Scan ``(T, N, 3H)`` input-side gates.
+
+    Returns:
+        Hidden states ``(T, N, H)``, the activations r, z, n, which overwrite ``gates``, and the hidden side of n.
+    """
+    size, transposed = weight.shape[1], weight.t()
+    hiddens = gates.new_empty((*gates.shape[:2], size))
+    candidates = torch.empty_like(hiddens)
+    hidden = gates.new_zeros(gates.shape[1], size)
+    for t in range(len(gates)):
+        own = hidden @ transposed if bias is None else torch.addmm(bias, hidden, transposed)
+        gates[t, :, : 2 * size].add_(own[:, : 2 * size]).sigmoid_()
+        r, z, n = gates[t].chunk(3, 1)
+        candidates[t] = own[:, 2 * size :]
+        n.addcmul_(r, candidates[t]).tanh_()
+        torch.lerp(n, hidden, z, out=hiddens[t])
         if mask is not None:
-            keep = mask[t][:, None]
-            new = keep * new + (1 - keep) * hidden
-        hidden = new
-        hiddens.append(hidden)
-        activations.append(torch.cat([r, z, n], 1))
-        candidates.append(candidate)
-    return torch.stack(hiddens), torch.stack(activations), torch.stack(candidates)
+            torch.lerp(hidden, hiddens[t], mask[t], out=hiddens[t])
+        hidden = hiddens[t]
+    return hiddens, gates, candidates
 
 
-@compiled
 def gru_backward(
     output_gradient: Tensor,
     hiddens: Tensor,
@@ -172,45 +179,55 @@ def gru_backward(
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the gates' gradients on the input side and on the hidden side, each ``(T, N, 3H)``."""
+    size = weight.shape[1]
+    input_side, hidden_side = torch.empty_like(activations), torch.empty_like(activations)
     gradient = torch.zeros_like(hiddens[0])
-    input_side, hidden_side = [], []
-    for t in range(hiddens.shape[0] - 1, -1, -1):
-        r, z, n = activations[t].chunk(3, 1)
-        before = hiddens[t - 1] if t else torch.zeros_like(hiddens[0])
+    start = torch.zeros_like(hiddens[0])
+    for t in range(len(hiddens) - 1, -1, -1):
         gradient = gradient + output_gradient[t]
-        through, carried = gradient, None
+        kept = None
         if mask is not None:
-            keep = mask[t][:, None]
-            through, carried = keep * gradient, (1 - keep) * gradient
-        of_n = through * (1 - z) * (1 - n * n)
-        of_rz = torch.cat([of_n * candidates[t] * r * (1 - r), through * (before - n) * z * (1 - z)], 1)
-        own = torch.cat([of_rz, of_n * r], 1)
-        input_side.append(torch.cat([of_rz, of_n], 1))
-        hidden_side.append(own)
-        gradient = through * z + own @ weight
-        if carried is not None:
-            gradient = gradient + carried
-    return torch.stack(input_side[::-1]), torch.stack(hidden_side[::-1])
+            kept, gradient = gradient * (1 - mask[t]), gradient * mask[t]
+        r, z, n = activations[t].chunk(3, 1)
+        x, h = input_side[t], hidden_side[t]
+        through = gradient * z
+        _tanh_backward(gradient - through, n, grad_input=x[:, 2 * size :])
+        torch.mul(x[:, 2 * size :], r, out=h[:, 2 * size :])
+        _sigmoid_backward(x[:, 2 * size :] * candidates[t], r, grad_input=x[:, :size])
+        before = hiddens[t - 1] if t else start
+        _sigmoid_backward(gradient * (before - n), z, grad_input=x[:, size : 2 * size])
+        h[:, : 2 * size] = x[:, : 2 * size]
+        gradient = torch.addmm(through, h, weight) if t else through
+        if kept is not None:
+            gradient = gradient + kept
+    return input_side, hidden_side
 
 
 class _GRU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, mask: Tensor | None, *arguments: Any) -> Tensor:
         w_ih, w_hh, b_ih, b_hh, tape = arguments
-        steps = None if mask is None else mask.t().to(inputs.dtype)
-        hiddens, activations, candidates = gru_forward(_project(inputs, w_ih, b_ih), w_hh, b_hh, steps)
+        steps = _steps(mask, inputs)
+        hiddens, *rest = gru_forward(_project(inputs, w_ih, b_ih), w_hh, b_hh, steps)
         ctx.tape, ctx.parameters, ctx.mask = tape, (w_ih, w_hh, b_ih, b_hh), steps
-        ctx.save_for_backward(inputs, w_ih, w_hh, hiddens, activations, candidates)
+        ctx.save_for_backward(inputs, w_ih, w_hh, hiddens, *rest)
         return hiddens.transpose(0, 1)
 
     @staticmethod
     def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, w_ih, w_hh, hiddens, activations, candidates = ctx.saved_tensors
-        input_side, hidden_side = gru_backward(
-            output_gradient.transpose(0, 1), hiddens, activations, candidates, w_hh, ctx.mask
-        )
-        _note(ctx, inputs, hiddens, input_side, hidden_side)
+        of_outputs = output_gradient.transpose(0, 1)
+        input_side, hidden_side = gru_backward(of_outputs, hiddens, activations, candidates, w_hh, ctx.mask)
+        w, u, b, c = ctx.parameters
+        patients = ctx.tape.patients
+        ctx.tape.add(_side((w, b), inputs.transpose(0, 1), input_side, patients))
+        ctx.tape.add(_side((u, c), _before(hiddens), hidden_side, patients))
         return _input_gradient(ctx, input_side, w_ih), *[None] * 6
+
+
+def _steps(mask: Tensor | None, inputs: Tensor) -> Tensor | None:
+    """Return a mask ``(N, T)`` as ``(T, N, 1)`` of the inputs' type."""
+    return None if mask is None else mask.t().to(inputs.dtype)[..., None]
 
 
 def _project(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -222,28 +239,54 @@ def _input_gradient(ctx: Any, gates: Tensor, weight: Tensor) -> Tensor | None:
     return (gates @ weight).transpose(0, 1) if ctx.needs_input_grad[0] else None
 
 
-def _note(ctx: Any, inputs: Tensor, hiddens: Tensor, input_side: Tensor, hidden_side: Tensor) -> None:
-    """Write the contributions of the input and of the hidden side."""
-    w_ih, w_hh, b_ih, b_hh = ctx.parameters
-    before = torch.cat([torch.zeros_like(hiddens[:1]), hiddens[:-1]])
-    patients = ctx.tape.patients
-    ctx.tape.add(_side((w_ih, b_ih), inputs, input_side.transpose(0, 1), patients))
-    ctx.tape.add(_side((w_hh, b_hh), before.transpose(0, 1), hidden_side.transpose(0, 1), patients))
+def _before(hiddens: Tensor) -> Tensor:
+    """Return the state that each step started from, ``(T, N, H)``."""
+    return torch.cat([torch.zeros_like(hiddens[:1]), hiddens[:-1]])
+
+
+def _one_sided(
+    parameters: tuple[nn.Parameter | None, ...], x: Tensor, hiddens: Tensor, gates: Tensor, patients: int
+) -> Contribution:
+    """The contribution of an LSTM, whose input and hidden side have the same gate gradients ``(T, N, 4H)``.
+
+    Both weights are one: [W_ih, W_hh] used at positions [x, h]. Both biases have one gradient.
+    """
+    joined = torch.cat([x, _before(hiddens)], dim=-1)
+    weights, biases = parameters[:2], parameters[2:]
+    both = _side((weights[0], biases[0]), joined, gates, patients)
+    norms = both.square_norms
+    if biases[0] is not None:
+        norms = norms + square_norm(_positions(gates, patients).sum(1))
+
+    def weighted(coefficients: Tensor) -> tuple[Tensor, ...]:
+        weight, *bias = both.weighted(coefficients)
+        return *weight.split([x.shape[-1], hiddens.shape[-1]], dim=1), *bias, *[b.clone() for b in bias]
+
+    return Contribution(tuple(p for p in parameters if p is not None), norms, weighted)
 
 
 def _side(
-    parameters: tuple[nn.Parameter, nn.Parameter | None], positions: Tensor, gates: Tensor, patients: int
+    parameters: tuple[nn.Parameter | None, nn.Parameter | None], x: Tensor, gates: Tensor, patients: int
 ) -> Contribution:
-    """The contribution of one weight and its bias, used at ``(N, T, d)`` with gate gradients ``(N, T, kH)``."""
-    weight, bias = parameters
-    x, g = by_patient(positions, patients), by_patient(gates, patients)
-    norms = gram_norm(x, g)
-    weighted_sum: Callable[[Tensor], Tensor] = lambda scaled: scaled.flatten(0, 1).T @ x.flatten(0, 1)  # noqa: E731
-    if bias is None:
-        return Contribution((weight,), norms, lambda c: (weighted_sum(g * c[:, None, None]),))
+    """The contribution of one weight and its bias, used at ``(T, N, d)`` with gate gradients ``(T, N, kH)``."""
+    g = _positions(gates, patients)
+    norms = gram_norm(_positions(x, patients), g)
+    has_bias = parameters[1] is not None
+    if has_bias:
+        norms = norms + square_norm(g.sum(1))
 
     def weighted(coefficients: Tensor) -> tuple[Tensor, ...]:
-        scaled = g * coefficients[:, None, None]
-        return weighted_sum(scaled), scaled.sum((0, 1))
+        by_record = coefficients.repeat_interleave(gates.shape[1] // patients)
+        scaled = (gates * by_record[None, :, None]).flatten(0, 1)
+        weight = scaled.T @ x.reshape(-1, x.shape[-1])
+        return (weight, scaled.sum(0)) if has_bias else (weight,)
 
-    return Contribution((weight, bias), norms + square_norm(g.sum(1)), weighted)
+    return Contribution(tuple(p for p in parameters if p is not None), norms, weighted)
+
+
+def _positions(tensor: Tensor, patients: int) -> Tensor:
+    """Return ``(T, N, d)`` as ``(B, N/B·T, d)``; without a copy where a patient has one record."""
+    steps, records, width = tensor.shape
+    if records == patients:
+        return tensor.transpose(0, 1)
+    return tensor.view(steps, patients, -1, width).permute(1, 2, 0, 3).reshape(patients, -1, width)

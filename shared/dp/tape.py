@@ -7,6 +7,7 @@ Each supported layer's backward returns its input's gradient only. In place of t
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from shared.errors import FederationError
@@ -72,8 +73,8 @@ def by_patient(tensor: Tensor, patients: int) -> Tensor:
 
 def square_norm(gradients: Tensor) -> Tensor:
     """Return ``(B,)`` squared norms of ``(B, ...)``."""
-    flat = gradients.flatten(1)
-    return flat.square().sum(1)
+    norms: Tensor = torch.linalg.vector_norm(gradients.flatten(1), dim=1)
+    return norms.square()
 
 
 def gram_norm(inputs: Tensor, outputs: Tensor) -> Tensor:
