@@ -8,8 +8,9 @@ else each patient's gradient is formed, and the clipped sum is one vector-matrix
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ _aten = torch.ops.aten
 _IMAGE_DIMENSIONS = 4
 _CHUNK_FLOATS = 1 << 18
 """Floats of an unfolding handled at once: one MiB, which stays in the second-level cache."""
+Scratch = Callable[[str, tuple[int, ...]], Tensor]
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d
 
 
@@ -107,7 +109,7 @@ class _Convolution(torch.autograd.Function):
             gradient = _aten.convolution_backward(
                 output_gradient, inputs, weight, None, *_arguments(ctx.geometry), [True, False, False]
             )[0]
-        ctx.tape.add(_contribution(ctx.parameters, ctx.geometry, inputs, output_gradient, ctx.tape.patients))
+        ctx.tape.add(_contribution(ctx.parameters, ctx.geometry, inputs, output_gradient, ctx.tape))
         return gradient, None, None, None, None
 
 
@@ -123,16 +125,17 @@ def _contribution(
     geometry: Geometry,
     inputs: Tensor,
     output_gradient: Tensor,
-    patients: int,
+    tape: Tape,
 ) -> Contribution:
-    weight, bias = parameters
+    (weight, bias), patients = parameters, tape.patients
+    scratch = partial(tape.scratch, weight, like=inputs)
     # Transposed, the roles swap: the weight gradient correlates the output gradient with the input.
     wide, narrow = (output_gradient, inputs) if geometry.transposed else (inputs, output_gradient)
     positions = narrow[0, 0].numel() * (len(inputs) // patients)
     if gram_is_cheaper(positions, weight[0].numel(), weight.shape[0] // geometry.groups) and geometry.groups == 1:
-        norms, of_weight = _by_gram(weight, geometry, inputs, output_gradient, patients)
+        norms, of_weight = _by_gram(weight, geometry, inputs, output_gradient, patients, scratch)
     else:
-        gradients = patient_gradients(wide, narrow, geometry, patients)
+        gradients = patient_gradients(wide, narrow, geometry, patients, scratch)
         norms = square_norm(gradients)
 
         def of_weight(coefficients: Tensor) -> Tensor:
@@ -145,7 +148,7 @@ def _contribution(
 
 
 def _by_gram(
-    weight: Tensor, geometry: Geometry, inputs: Tensor, output_gradient: Tensor, patients: int
+    weight: Tensor, geometry: Geometry, inputs: Tensor, output_gradient: Tensor, patients: int, scratch: Scratch
 ) -> tuple[Tensor, Any]:
     wide, narrow = (output_gradient, inputs) if geometry.transposed else (inputs, output_gradient)
     records, width = len(inputs) // patients, weight[0].numel()
@@ -153,7 +156,7 @@ def _by_gram(
     norms = torch.cat(
         [
             gram_norm(fields.view(len(fields) // records, -1, width), g[start : start + len(fields) // records])
-            for start, fields in _chunks(_unfolding(wide, narrow.shape[2:], geometry), records)
+            for start, fields in _chunks(_unfolding(wide, narrow.shape[2:], geometry, scratch), records, scratch)
         ]
     )
 
@@ -168,7 +171,7 @@ def _by_gram(
     return norms, of_weight
 
 
-def patient_gradients(wide: Tensor, narrow: Tensor, geometry: Geometry, patients: int) -> Tensor:
+def patient_gradients(wide: Tensor, narrow: Tensor, geometry: Geometry, patients: int, scratch: Scratch) -> Tensor:
     """Return each patient's gradient ``(B, groups, fields, outputs)``, or with the last two swapped.
 
     The wider of the two comes last, so that the products' rows are long.
@@ -178,15 +181,16 @@ def patient_gradients(wide: Tensor, narrow: Tensor, geometry: Geometry, patients
         narrow: One value per position, ``(N, O, ...)``.
         geometry: Of the kernel.
         patients: B; a patient's records are consecutive rows.
+        scratch: Gives memory by purpose and shape.
     """
-    view = _unfolding(wide, narrow.shape[2:], geometry)
+    view = _unfolding(wide, narrow.shape[2:], geometry, scratch)
     groups, outputs = geometry.groups, narrow.shape[1] // geometry.groups
     records, positions, taps = len(wide) // patients, narrow[0, 0].numel(), math.prod(geometry.kernel)
     width = view[0].numel() // (positions * groups)
     g = narrow.movedim(1, -1).reshape(patients, records * positions, groups, outputs)
     shape = (width, outputs) if width < outputs else (outputs, width)
-    result: Tensor = wide.new_empty((patients, groups, *shape))
-    for start, chunk in _chunks(view, records):
+    result = scratch("gradients", (patients, groups, *shape))
+    for start, chunk in _chunks(view, records, scratch):
         stop = start + len(chunk) // records
         x = chunk.view(stop - start, records * positions, taps, groups, width // taps)
         for group in range(groups):
@@ -196,19 +200,16 @@ def patient_gradients(wide: Tensor, narrow: Tensor, geometry: Geometry, patients
     return result
 
 
-def _chunks(view: Tensor, records: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield an unfolding's copy a few patients at a time, each with its first patient's number.
-
-    All chunks share one buffer: a fresh one each time would cost more in page faults than the copy itself.
-    """
+def _chunks(view: Tensor, records: int, scratch: Scratch) -> Iterator[tuple[int, Tensor]]:
+    """Yield an unfolding's copy a few patients at a time, each with its first patient's number, in one buffer."""
     at_once = max(1, _CHUNK_FLOATS // (view[0].numel() * records)) * records
-    buffer = view.new_empty((min(at_once, len(view)), *view.shape[1:]))
+    buffer = scratch("chunk", (min(at_once, len(view)), *view.shape[1:]))
     for start in range(0, len(view), at_once):
         part = view[start : start + at_once]
         yield start // records, buffer[: len(part)].copy_(part)
 
 
-def _unfolding(tensor: Tensor, out: torch.Size, geometry: Geometry) -> Tensor:
+def _unfolding(tensor: Tensor, out: torch.Size, geometry: Geometry, scratch: Scratch) -> Tensor:
     """Return a strided view ``(N, *out, *kernel, C)`` of the padded, channels-last tensor."""
     spatial, channels = tensor.shape[2:], tensor.shape[1]
     # The last receptive field may not reach the far edge, or reach past it by output padding.
@@ -220,7 +221,8 @@ def _unfolding(tensor: Tensor, out: torch.Size, geometry: Geometry) -> Tensor:
     ]
     moved = tensor.movedim(1, -1)
     if any(geometry.padding) or list(spatial) != needed:
-        padded = tensor.new_zeros((len(tensor), *needed, channels))
+        # The border is zero from the start and never written; the inside is written anew in every pass.
+        padded = scratch("padded", (len(tensor), *needed, channels))
         inner = tuple(slice(p, p + s) for p, s in zip(geometry.padding, spatial, strict=True))
         padded[(slice(None), *inner)] = moved
     else:

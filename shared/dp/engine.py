@@ -9,7 +9,7 @@ model must not mix patients (no BatchNorm); a layer that is not known is refused
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,7 @@ def _image_kernels(model: nn.Module) -> Iterator[nn.Parameter]:
     """Yield the kernels over images, whose layout torch's convolutions keep to."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            yield module.weight
+            yield cast(nn.Parameter, module.weight)
 
 
 def _refuse_shared(model: nn.Module) -> None:

@@ -36,6 +36,7 @@ class Tape:
 
     patients: int = 0
     contributions: list[Contribution] = field(default_factory=list)
+    _scratch: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
     def start(self, patients: int) -> None:
         """Forget the last pass and expect one over ``patients`` patients."""
@@ -45,6 +46,17 @@ class Tape:
     def add(self, contribution: Contribution) -> None:
         """Note a layer's contribution."""
         self.contributions.append(contribution)
+
+    def scratch(self, owner: Tensor, purpose: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return memory of a layer's own, made of zeros once and kept between passes with what was written to it.
+
+        Megabytes made afresh in every pass would cost more in page faults than what is done in them.
+        """
+        key = id(owner), purpose
+        kept = self._scratch.get(key)
+        if kept is None or kept.shape != shape or kept.dtype != like.dtype or kept.device != like.device:
+            kept = self._scratch[key] = like.new_zeros(shape)
+        return kept
 
     def complete(self, parameters: set[nn.Parameter]) -> Iterator[Contribution]:
         """Yield the contributions, once it is sure that each parameter occurs in exactly one.
