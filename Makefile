@@ -7,11 +7,12 @@ export OMP_NUM_THREADS := 1
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: help demo test check format clean
+.PHONY: help demo test check bench format clean
 help:
 	@echo "make demo   four simulated hospitals train one classifier; report in runs/demo"
 	@echo "make test   every test"
 	@echo "make check  lint, types, architecture"
+	@echo "make bench  what a private step costs, beside the ordinary one and Opacus (minutes)"
 	@echo "make format write the house style"
 
 $(VENV)/.installed: pyproject.toml
@@ -33,6 +34,10 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+bench: $(VENV)/.installed
+	mkdir -p runs
+	$(BIN)/fedward-sim bench --json runs/bench.json --markdown runs/bench.md
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

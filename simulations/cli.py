@@ -162,6 +162,49 @@ def deal(
         _CONSOLE.print(str(folder), highlight=False)
 
 
+@app.command()
+def bench(
+    models: Annotated[str, typer.Option(help="Comma-separated: lungctnet, unet, discriminator, lstm, gru.")] = "all",
+    batch: Annotated[int | None, typer.Option(min=2, help="Patients a step. Default: each model's own sizes.")] = None,
+    repeats: Annotated[int, typer.Option(min=4, help="Steps of each engine.")] = 30,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write a table here.")] = None,
+) -> None:
+    """Measure what a private step costs, beside the ordinary one and Opacus."""
+    import json
+
+    from shared.files import write_atomic
+    from simulations.benchmark import CASES, as_json, as_markdown, machine, measure
+
+    rows = measure(list(CASES) if models == "all" else models.split(","), batch, repeats)
+    table = as_markdown(rows)
+    _CONSOLE.print(table, highlight=False, markup=False, soft_wrap=True)
+    if json_file:
+        write_atomic(json_file, json.dumps(as_json(rows), indent=1).encode())
+    if markdown:
+        write_atomic(markdown, f"{machine()}\n\n{table}\n".encode())
+
+
+@app.command()
+def bench_run(
+    data: Annotated[list[Path], typer.Option(help="A prepared hospital; repeat for each.")],
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each variant.")] = 5,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Worker processes. Default: the cores.")] = None,
+) -> None:
+    """Time a whole run: by engine, on Ray, without privacy, and as a bare loop of its steps."""
+    from simulations.benchmark_run import measure_runs
+    from simulations.run import Simulation
+
+    simulation = Simulation(
+        task="nodule-classification", seed=seed, workers=workers or os.cpu_count() or 1, plan={"rounds": rounds}
+    )
+    seconds = measure_runs([folder.resolve() for folder in data], simulation)
+    for name, value in seconds.items():
+        ratio = value / seconds["bare loop of the same steps"]
+        _CONSOLE.print(f"| {name} | {value:.1f} s | {ratio:.2f} |", highlight=False, markup=False, soft_wrap=True)
+
+
 def _sha256(checkpoint: Path | None) -> str | None:
     if checkpoint is None:
         return None

@@ -174,8 +174,7 @@ def _prepare(simulation: Simulation, out: Path, display: Display) -> Federation:
 def _plan(simulation: Simulation, federation: Federation, out: Path) -> RunPlan:
     path = out / "plan.json"
     if path.exists():
-        values = json.loads(path.read_bytes())
-        return RunPlan.from_mapping({k: v for k, v in values.items() if k not in ("digest", "epsilon")})
+        return read_plan(path)
     overrides = {"min_sites": 1, "seed": simulation.seed, **simulation.plan}
     plan = draft_plan(
         simulation.task,
@@ -185,6 +184,23 @@ def _plan(simulation: Simulation, federation: Federation, out: Path) -> RunPlan:
     )
     values = finite({**asdict(plan), "digest": plan.digest, "epsilon": plan.epsilon()})
     write_atomic(path, json.dumps(values, indent=1).encode())
+    return plan
+
+
+def read_plan(path: Path) -> RunPlan:
+    """Read the plan that a simulation wrote.
+
+    Raises:
+        StorageError: If the file is damaged or was changed.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+        plan = RunPlan.from_mapping({k: v for k, v in values.items() if k not in ("digest", "epsilon")})
+        intact = plan.digest == values["digest"]
+    except (OSError, ValueError, KeyError, AttributeError, PlanError) as error:
+        raise StorageError(f"The plan {path} is damaged. Start again with another --out.") from error
+    if not intact:
+        raise StorageError(f"The plan {path} was changed after the run began. Start again with another --out.")
     return plan
 
 

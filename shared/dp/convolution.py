@@ -143,7 +143,7 @@ def _contribution(
 
     if bias is None:
         return Contribution((weight,), norms, lambda c: (of_weight(c),))
-    of_bias = output_gradient.flatten(2).sum(2).view(patients, -1, output_gradient.shape[1]).sum(1)
+    of_bias = output_gradient.movedim(1, -1).reshape(patients, -1, output_gradient.shape[1]).sum(1)
     return Contribution((weight, bias), norms + square_norm(of_bias), lambda c: (of_weight(c), c @ of_bias))
 
 

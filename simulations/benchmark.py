@@ -1,0 +1,318 @@
+"""How much privacy costs: one training step of each model by each engine, interleaved in one process.
+
+A step is everything between two batches: forward, backward, clipping, noise, update. Times are CPU seconds of one
+thread; the engines take turns, so that a busy machine slows all alike, and medians are compared. The yardstick is
+the non-private step in its faster memory layout. Peak memory is what a fresh process grows by.
+"""
+
+import multiprocessing
+import platform
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from opacus import PrivacyEngine
+from torch import Generator, Tensor, nn
+from torch.optim import SGD
+from torch.utils.data import DataLoader, TensorDataset
+
+from shared.dp.noise import SeededNoise
+from shared.dp.step import PrivateStep
+from shared.errors import PlanError
+from shared.models.cnn import LungCTNet
+from shared.models.gan import Discriminator
+from shared.models.recurrent import Forecaster
+from shared.models.unet import UNet
+from shared.tasks.base import Batch
+
+_WARM_UP = 3
+_RATE = 0.01
+_DAMP = "Full backward hook is firing|Secure RNG turned off|Optimal order is"
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model and its data.
+
+    Attributes:
+        build: Makes the model.
+        opacus: Makes the model that Opacus can hook, where that is another one.
+        draw: Returns ``(inputs, targets)`` of a batch.
+        loss: Returns ``(B,)`` from outputs and targets.
+        batches: Batch sizes of the full benchmark.
+        images: Whether a memory layout can be chosen.
+    """
+
+    build: Callable[[], nn.Module]
+    draw: Callable[[int, Generator], tuple[Tensor, Tensor]]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    batches: tuple[int, ...]
+    images: bool = True
+    opacus: Callable[[], nn.Module] | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of the result; ``spread_ms`` is the interquartile range."""
+
+    model: str
+    batch: int
+    engine: str
+    ms: float
+    spread_ms: float
+    ratio_to_nonprivate: float
+    speedup_over_opacus: float | None
+    peak_mib: float
+
+
+def _binary(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").flatten(1).mean(1)
+
+
+def _squared(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets).square().mean(1)
+
+
+def _classes(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, targets, reduction="none")
+
+
+def _images(side: int) -> Callable[[int, Generator], tuple[Tensor, Tensor]]:
+    def draw(batch: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        images = torch.randn(batch, 1, side, side, generator=generator)
+        return images, (torch.rand(images.shape, generator=generator) > 0.7).float()
+
+    return draw
+
+
+def _labelled(batch: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    return _images(28)(batch, generator)[0], torch.randint(0, 2, (batch,), generator=generator)
+
+
+def _real(batch: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    return _images(28)(batch, generator)[0], torch.ones(batch, 1)
+
+
+def _readings(batch: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, 12, 3, generator=generator), torch.randn(batch, 12, generator=generator)
+
+
+def _recurrent(cell: str) -> Callable[[], nn.Module]:
+    return lambda: Forecaster(getattr(nn, cell))
+
+
+def _opacus_recurrent(cell: str) -> Callable[[], nn.Module]:
+    from opacus import layers  # noqa: PLC0415 - only this benchmark wants Opacus's cells
+
+    return lambda: Forecaster(getattr(layers, cell))
+
+
+CASES = {
+    "lungctnet": Case(LungCTNet, _labelled, _classes, (64, 256)),
+    "unet": Case(UNet, _images(64), _binary, (16,)),
+    "discriminator": Case(Discriminator, _real, _binary, (64,)),
+    "lstm": Case(_recurrent("LSTM"), _readings, _squared, (256,), False, _opacus_recurrent("DPLSTM")),
+    "gru": Case(_recurrent("GRU"), _readings, _squared, (256,), False, _opacus_recurrent("DPGRU")),
+}
+ENGINES = ("nonprivate", "opacus", "opacus-ghost", "bookkeeping")
+
+
+def measure(models: Sequence[str], batch: int | None, repeats: int) -> list[Measurement]:
+    """Measure every engine on the chosen models, at ``batch`` or at each model's own batch sizes.
+
+    Raises:
+        PlanError: If a model is not known.
+    """
+    if unknown := sorted(set(models) - set(CASES)):
+        raise PlanError(f"There is no benchmark of {', '.join(unknown)}; there is: {', '.join(CASES)}.")
+    rows = []
+    for model in models:
+        for size in (batch,) if batch else CASES[model].batches:
+            rows += _measure_case(model, size, repeats)
+    return rows
+
+
+def _measure_case(model: str, batch: int, repeats: int) -> list[Measurement]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        layouts = ("nonprivate", "nonprivate-channels-last") if CASES[model].images else ("nonprivate",)
+        times = _interleave({name: _step(name, model, batch) for name in (*layouts, *ENGINES[1:])}, repeats)
+    finally:
+        torch.set_num_threads(threads)
+    fastest = min(layouts, key=lambda name: median(times[name]))
+    times["nonprivate"] = times[fastest]
+    memory = {name: _peak_mib(fastest if name == "nonprivate" else name, model, batch) for name in ENGINES}
+    ordinary = median(times["nonprivate"])
+    opacus = min(median(times["opacus"]), median(times["opacus-ghost"]))
+    return [
+        Measurement(
+            model=model,
+            batch=batch,
+            engine=name,
+            ms=round(median(times[name]) * 1e3, 3),
+            spread_ms=round(_spread(times[name]) * 1e3, 3),
+            ratio_to_nonprivate=round(median(times[name]) / ordinary, 3),
+            speedup_over_opacus=round(opacus / median(times[name]), 3) if name == "bookkeeping" else None,
+            peak_mib=memory[name],
+        )
+        for name in ENGINES
+    ]
+
+
+def _interleave(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
+    for step in steps.values():
+        for _ in range(_WARM_UP):
+            step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            began = time.process_time()
+            step()
+            times[name].append(time.process_time() - began)
+    return times
+
+
+def _spread(times: Sequence[float]) -> float:
+    low, _, high = quantiles(times, n=4)
+    return high - low
+
+
+def _peak_mib(engine: str, model: str, batch: int) -> float:
+    """Return how much a fresh process grows by taking steps, over one that took steps of two patients."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_growth, engine, model, batch).result()
+
+
+def _growth(engine: str, model: str, batch: int) -> float:
+    torch.set_num_threads(1)
+    _step(engine, model, 2)()
+    before = _peak_kib()
+    step = _step(engine, model, batch)
+    for _ in range(_WARM_UP):
+        step()
+    return round((_peak_kib() - before) / 1024, 1)
+
+
+def _peak_kib() -> int:
+    """Return this process's peak memory; ``getrusage`` would count its parent's from before the exec."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("VmHWM:")[1].split()[0])
+
+
+def _step(engine: str, model: str, batch: int) -> Step:
+    case = CASES[model]
+    torch.manual_seed(1)
+    inputs, targets = case.draw(batch, Generator().manual_seed(0))
+    if engine.startswith("nonprivate"):
+        return _ordinary(case, inputs, targets, channels_last=engine.endswith("channels-last"))
+    if engine == "bookkeeping":
+        return _bookkeeping(case, inputs, targets)
+    return _opacus(case, inputs, targets, "ghost" if engine == "opacus-ghost" else "hooks")
+
+
+def _ordinary(case: Case, inputs: Tensor, targets: Tensor, *, channels_last: bool) -> Step:
+    model = case.build()
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        inputs = inputs.to(memory_format=torch.channels_last)
+    optimizer = SGD(model.parameters(), lr=_RATE)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        case.loss(model(inputs), targets).mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def _bookkeeping(case: Case, inputs: Tensor, targets: Tensor) -> Step:
+    model = case.build()
+    step = PrivateStep(
+        model,
+        SGD(model.parameters(), lr=_RATE),
+        lambda network, batch: case.loss(network(batch["inputs"][:, 0]), batch["targets"][:, 0]),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        expected_patients=float(len(inputs)),
+        noise=SeededNoise(Generator().manual_seed(0)),
+    )
+    batch = Batch({"inputs": inputs[:, None], "targets": targets[:, None]})
+    return lambda: step([batch])
+
+
+class _Mean(nn.Module):
+    """A case's loss in the form that Opacus's ghost mode wants."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.loss, self.reduction = loss, "mean"
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        values = self.loss(outputs, targets)
+        return values.mean() if self.reduction == "mean" else values
+
+
+def _opacus(case: Case, inputs: Tensor, targets: Tensor, mode: str) -> Step:
+    model = (case.opacus or case.build)()
+    optimizer = SGD(model.parameters(), lr=_RATE)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=_DAMP)
+        wrapped = PrivacyEngine().make_private(
+            module=model,
+            optimizer=optimizer,
+            criterion=_Mean(case.loss),
+            data_loader=DataLoader(TensorDataset(inputs, targets), batch_size=len(inputs)),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            poisson_sampling=False,
+            grad_sample_mode=mode,
+        )
+    network, private = wrapped[0], wrapped[1]
+    criterion: Any = wrapped[2] if mode == "ghost" else _Mean(case.loss)
+    private.step_hook = None  # accounting is measured apart
+
+    def step() -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_DAMP)
+            private.zero_grad()
+            criterion(network(inputs), targets).backward()
+            private.step()
+
+    return step
+
+
+def as_markdown(rows: Sequence[Measurement]) -> str:
+    """Return the table of ``docs/performance.md``."""
+    lines = [
+        "| model | batch | engine | ms a step | to non-private | over Opacus's better mode | peak MiB |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        faster = f"{row.speedup_over_opacus:.1f}×" if row.speedup_over_opacus else ""
+        lines.append(
+            f"| {row.model} | {row.batch} | {row.engine} | {row.ms:.1f} ± {row.spread_ms / 2:.1f} "
+            f"| {row.ratio_to_nonprivate:.2f} | {faster} | {row.peak_mib:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """Describe the machine without naming it."""
+    return (
+        f"{platform.machine()}, one thread, torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}"
+    )
+
+
+def as_json(rows: Sequence[Measurement]) -> list[dict[str, Any]]:
+    """Return the rows as plain JSON values."""
+    return [asdict(row) for row in rows]
