@@ -150,6 +150,12 @@ class Registry:
         Raises:
             StorageError: If there is no such run.
         """
+        try:
+            return self._read(run)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StorageError(f"The run registry {self._path} is damaged.") from error
+
+    def _read(self, run: str) -> RunRecord:
         with self._transaction() as database:
             head = database.execute("SELECT plan, status, failure FROM runs WHERE run = ?", (run,)).fetchone()
             if head is None:
@@ -180,12 +186,13 @@ class Registry:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         try:
             with closing(sqlite3.connect(self._path, timeout=30.0, isolation_level=None)) as database:
-                database.execute("PRAGMA synchronous = FULL")
+                database.execute("PRAGMA synchronous = EXTRA")
                 database.execute("BEGIN IMMEDIATE")
                 try:
                     yield database
                 except BaseException:
-                    database.execute("ROLLBACK")
+                    if database.in_transaction:  # a full disk ends it by itself
+                        database.execute("ROLLBACK")
                     raise
                 database.execute("COMMIT")
         except sqlite3.Error as error:

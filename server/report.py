@@ -114,7 +114,7 @@ def _meaning(findings: Findings) -> str:
     if not findings.guaranteed:
         return "This run gives no privacy guarantee: epsilon is infinite."
     spent, delta = findings.most_spent, findings.record.plan.delta
-    if not spent:
+    if not findings.record.rounds_completed:
         return "No privacy was spent: no hospital sent weights."
     return (
         f"No hospital spent more than epsilon {epsilon_text(spent)} at delta {delta:g}: whatever anyone sees of "
@@ -133,6 +133,12 @@ def _remarks(findings: Findings) -> list[Markup]:
         found.append(box("The run failed", *what, ". What follows describes the last saved model.", kind="warning"))
     elif record.status != COMPLETED:
         found.append(box("The run has not ended", "It can be resumed; these are the figures so far.", kind="warning"))
+    if record.notes.get("simulated_noise"):
+        sentence = (
+            "The noise of this run comes from a seed, so that the run can be repeated; whoever knows the seed can "
+            "subtract it. The figures say what the same plan costs in a deployment. Real patients are not protected."
+        )
+        found.append(box("A simulation protects nobody", sentence))
     if not findings.guaranteed:
         sentence = "The models that hospitals sent may reveal their patients. Use them as you would the records."
         found.append(box("No privacy guarantee", sentence, kind="warning"))

@@ -21,7 +21,7 @@ from torch import nn
 from server.checkpoints import latest_checkpoint, load_weights, save_checkpoint
 from server.registry import COMPLETED, FAILED, LATE, OK, Registry, RoundRow, SiteRow
 from server.strategies import make_strategy
-from shared.errors import ErrorCode, FederationError, ProtocolError
+from shared.errors import ErrorCode, FederationError, ProtocolError, StorageError
 from shared.messages import PlanQuery, SiteOffer, TrainReply, TrainRequest, error_code, global_weights
 from shared.plan import RunPlan
 from shared.records import RecordStore
@@ -158,7 +158,10 @@ def _restore(job: Job, task: Task, registry: Registry) -> Progress:
         raise ProtocolError("The checkpoints here belong to another run or plan.", ErrorCode.PLAN_CHANGED)
     load_weights(checkpoint.path, model, checkpoint.sha256)
     progress.round = checkpoint.round
-    for row in registry.read(job.run).rounds:
+    rows = registry.read(job.run).rounds
+    if checkpoint.round not in {row.round for row in rows}:
+        raise StorageError("The run registry does not know the last checkpoint's round: it was lost or replaced.")
+    for row in rows:
         if row.round <= checkpoint.round and row.evaluation:
             progress.note(row.round, row.evaluation.value(task.metric))
     return progress

@@ -39,5 +39,5 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or type(error).__name__
+        reason = error.strerror or str(error) or type(error).__name__
         raise StorageError(f"Cannot use {path}: {reason}. Check the path, its permissions and the disk.") from error

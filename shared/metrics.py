@@ -86,19 +86,20 @@ def binary_metrics(labels: Labels, scores: Scores, threshold: float = 0.5) -> di
 
 def classification_curves(labels: Labels, scores: Scores, threshold: float = 0.5) -> dict[str, Any]:
     """Return what a report draws: ROC, calibration and confusion matrix, as plain lists."""
-    false_positive, true_positive, _ = roc_curve(labels, scores)
-    keep = np.unique(np.linspace(0, len(false_positive) - 1, _CURVE_POINTS).round().astype(int))
     observed, predicted = calibration_curve(
         labels, scores.clip(0.0, 1.0), n_bins=_CALIBRATION_BINS, strategy="quantile"
     )
-    matrix = confusion_matrix(labels, (scores >= threshold).astype(int), labels=[0, 1])
-    return {
-        "roc": {"fpr": false_positive[keep].tolist(), "tpr": true_positive[keep].tolist()},
+    curves = {
         "calibration": {"predicted": predicted.tolist(), "observed": observed.tolist()},
-        "confusion": matrix.tolist(),
+        "confusion": confusion_matrix(labels, (scores >= threshold).astype(int), labels=[0, 1]).tolist(),
         "cases": len(labels),
         "positives": int(labels.sum()),
     }
+    if len(np.unique(labels)) == 2:  # with one class there is no ROC curve
+        false_positive, true_positive, _ = roc_curve(labels, scores)
+        keep = np.unique(np.linspace(0, len(false_positive) - 1, _CURVE_POINTS).round().astype(int))
+        curves["roc"] = {"fpr": false_positive[keep].tolist(), "tpr": true_positive[keep].tolist()}
+    return curves
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.errors import StorageError
-from shared.files import storage_errors, sync_directory
+from shared.files import storage_errors, sync_directory, write_atomic
 
 FORMAT = 1
 KEY_BYTES = 16
@@ -88,13 +88,14 @@ class RecordStore:
                 raise StorageError(f"{path} has store format {header['format']}, this version reads {FORMAT}.")
             arrays = {name: np.load(path / f"{name}.npy", mmap_mode="r") for name in header["arrays"]}
             offsets, keys = np.load(path / "offsets.npy"), np.load(path / "keys.npy")
+            kind, attributes = str(header["kind"]), dict(header["attributes"])
         except FileNotFoundError as error:
             raise StorageError(f"{path} holds no prepared store. Run intake first.") from error
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError) as error:
             raise StorageError(f"The prepared store at {path} is damaged. Run intake again.") from error
         if any(len(array) != offsets[-1] for array in arrays.values()) or len(keys) != len(offsets) - 1:
             raise StorageError(f"The prepared store at {path} is inconsistent. Run intake again.")
-        return cls(header["kind"], header["attributes"], offsets, keys, arrays, hashlib.sha256(text).hexdigest())
+        return cls(kind, attributes, offsets, keys, arrays, hashlib.sha256(text).hexdigest())
 
     def subset(self, patients: npt.NDArray[np.int64]) -> "RecordStore":
         """Return an in-memory store of the given patients, in the given order."""
@@ -166,7 +167,7 @@ def _replace_folder(path: Path, content: Mapping[str, Array], header: str) -> No
             np.save(handle, array)
             handle.flush()
             os.fsync(handle.fileno())
-    (temporary / "store.json").write_text(header, encoding="utf-8")
+    write_atomic(temporary / "store.json", header.encode())
     if path.exists():
         shutil.rmtree(path)
     temporary.rename(path)

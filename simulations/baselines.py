@@ -1,5 +1,6 @@
 """What the federation is compared with: all patients pooled without privacy, each hospital alone, size alone."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -75,6 +76,6 @@ def describe(pooled: Evaluation, local: dict[str, Evaluation], size: Evaluation 
 
 
 def mean_estimate(estimates: Sequence[float | Estimate]) -> Estimate:
-    """Return the mean of several hospitals' figures, with the lowest and highest of them as the range."""
+    """Return the mean of several hospitals' figures; an interval of a mean over hospitals is not claimed."""
     values = [estimate.value if isinstance(estimate, Estimate) else estimate for estimate in estimates]
-    return Estimate(fmean(values), min(values), max(values))
+    return Estimate(fmean(values), math.nan, math.nan)

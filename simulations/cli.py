@@ -1,8 +1,9 @@
 """``fedward-sim``: the researcher's command. What is heavy is imported by the command that needs it."""
 
-import math
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,7 +45,7 @@ def run(
     epsilon: Annotated[float, typer.Option(help="Privacy each patient is promised; 'inf' trains without.")] = 8.0,
     delta: Annotated[float | None, typer.Option(help="Default: a tenth of 1/declared patients.")] = None,
     max_epsilon: Annotated[float | None, typer.Option(help="The hospitals' own cap. Default: epsilon.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Same seed, same weights.")] = 0,
     out: Annotated[Path | None, typer.Option(help="New folder for everything the run writes.")] = None,
     data: Annotated[list[Path] | None, typer.Option(help="A raw or prepared hospital; repeat for each.")] = None,
     heldout: Annotated[
@@ -52,7 +53,7 @@ def run(
     ] = None,
     partition: Annotated[str, typer.Option(help="'vendors' or 'dirichlet'.")] = "vendors",
     alpha: Annotated[float, typer.Option(help="Dirichlet concentration: smaller is more skewed.")] = 1.0,
-    patients_per_site: Annotated[int | None, typer.Option(min=1, help="Generate this many each.")] = None,
+    patients_per_site: Annotated[int | None, typer.Option(min=1, max=10_000, help="Generate this many each.")] = None,
     baselines: Annotated[bool, typer.Option("--baselines", help="Also train pooled and local-only models.")] = False,
     backend: Annotated[str, typer.Option(help="'local' (worker processes) or 'ray'.")] = "local",
     ray_address: Annotated[str | None, typer.Option(help="A Ray cluster that is already there.")] = None,
@@ -77,7 +78,8 @@ def run(
 
     display = Display(_CONSOLE)
     if resume is not None:
-        _show(go_on(Simulation.load(resume), resume, display), resume)
+        with _resumable(resume):
+            _show(go_on(Simulation.load(resume), resume, display), resume)
         return
     if out is None:
         raise StorageError("Say with --out where the run's folder shall be.")
@@ -110,11 +112,12 @@ def run(
         baselines=baselines,
         backend=backend,
         ray_address=ray_address,
-        workers=workers or os.cpu_count() or 1,
+        workers=_workers(workers),
         init=str(init.resolve()) if init else None,
         plan={name: value for name, value in fields.items() if value is not None},
     )
-    _show(start(simulation, out, display), out)
+    with _resumable(out):
+        _show(start(simulation, out, display), out)
 
 
 @app.command()
@@ -122,7 +125,7 @@ def generate(
     out: Annotated[Path, typer.Option(help="New folder; one sub-folder per hospital.")],
     task: Annotated[str, typer.Option(help="Whose data to make.")] = "nodule-classification",
     sites: Annotated[int, typer.Option(min=1, help="How many hospitals.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same files.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Same seed, same files.")] = 0,
     partition: Annotated[str, typer.Option(help="'vendors' or 'dirichlet'.")] = "vendors",
     alpha: Annotated[float, typer.Option(help="Dirichlet concentration: smaller is more skewed.")] = 1.0,
     patients_per_site: Annotated[int | None, typer.Option(min=1, help="Default: all LIDC patients.")] = None,
@@ -141,11 +144,11 @@ def generate(
             patients_per_site=patients_per_site,
             partition=partition,
             alpha=alpha,
-            workers=workers or os.cpu_count() or 1,
+            workers=_workers(workers),
             on_progress=report,
         )
     for folder in folders:
-        _CONSOLE.print(str(folder), highlight=False)
+        _CONSOLE.print(str(folder), highlight=False, markup=False)
 
 
 @app.command()
@@ -159,7 +162,7 @@ def deal(
     from simulations.generators.slices import deal_slices
 
     for folder in deal_slices(archive, out, sites=sites, seed=seed):
-        _CONSOLE.print(str(folder), highlight=False)
+        _CONSOLE.print(str(folder), highlight=False, markup=False)
 
 
 @app.command()
@@ -196,13 +199,30 @@ def bench_run(
     from simulations.benchmark_run import measure_runs
     from simulations.run import Simulation
 
-    simulation = Simulation(
-        task="nodule-classification", seed=seed, workers=workers or os.cpu_count() or 1, plan={"rounds": rounds}
-    )
+    simulation = Simulation(task="nodule-classification", seed=seed, workers=_workers(workers), plan={"rounds": rounds})
     seconds = measure_runs([folder.resolve() for folder in data], simulation)
     for name, value in seconds.items():
         ratio = value / seconds["bare loop of the same steps"]
         _CONSOLE.print(f"| {name} | {value:.1f} s | {ratio:.2f} |", highlight=False, markup=False, soft_wrap=True)
+
+
+def _workers(wanted: int | None) -> int:
+    """Return how many processes to use: no more than there are cores."""
+    cores = os.cpu_count() or 1
+    return min(wanted or cores, cores)
+
+
+@contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    """Turn Ctrl-C into how to go on. Ends the process at once: a backend's threads may still wait for replies."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        Console(stderr=True).print(
+            f"Stopped. Go on with: fedward-sim run --resume {out}", highlight=False, soft_wrap=True, markup=False
+        )
+        sys.stderr.flush()
+        os._exit(130)
 
 
 def _sha256(checkpoint: Path | None) -> str | None:
@@ -220,19 +240,24 @@ def _show(summary: dict[str, Any], out: Path) -> None:
     spent = [site["epsilon"] for site in summary["sites"] if site["refused"] is None]
     privacy = "no privacy" if None in spent else f"epsilon {max(spent, default=0.0):.2f}"
     metrics = summary["metrics"]
-    name, value = next(iter(metrics.items()), ("nothing validated", math.nan))
+    name, value = next(iter(metrics.items()), ("metric", None))
     number = value["value"] if isinstance(value, dict) else value
-    _CONSOLE.print(f"{summary['rounds_completed']} rounds, held-out {name} {number:.3f}, {privacy}")
-    _CONSOLE.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+    shown = "undefined (too few held-out patients of one kind)" if number is None else f"{number:.3f}"
+    _CONSOLE.print(f"{summary['rounds_completed']} rounds, held-out {name} {shown}, {privacy}", highlight=False)
+    _CONSOLE.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True, markup=False)
 
 
 def main() -> None:
-    """Run the command; deliberate errors become one sentence and exit code 1."""
+    """Run the command; errors become one sentence and exit code 1."""
     try:
         app()
     except FederationError as error:
         Console(stderr=True).print(f"fedward-sim: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("Stopped. Go on with: fedward-sim run --resume OUT", highlight=False)
-        sys.exit(130)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        where = f" ({error.filename})" if error.filename else ""
+        Console(stderr=True).print(
+            f"fedward-sim: {reason}{where}. Check the path, its permissions and the disk.", style="red", soft_wrap=True
+        )
+        sys.exit(1)

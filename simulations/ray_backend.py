@@ -1,6 +1,7 @@
 """The same apps on Flower's simulation engine, which runs nodes as Ray actors on one machine or a cluster."""
 
 import os
+import socket
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +12,23 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 import server.app
+from shared.errors import FederationError
 
+_REACH_S = 5.0
 BackendInit = dict[str, ConfigRecordValues]
+
+
+def _reach(address: str) -> None:
+    """Make sure that something answers at HOST:PORT: Ray itself would wait for minutes.
+
+    Raises:
+        FederationError: If nothing answers there.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=_REACH_S).close()
+    except (OSError, ValueError) as error:
+        raise FederationError(f"No Ray cluster answers at {address}. Check --ray-address, HOST:PORT.") from error
 
 
 class _SiteApp(ClientApp):
@@ -59,6 +75,8 @@ def run_on_ray(
             failures.append(error)
 
     init: BackendInit = {"address": address} if address else {"num_cpus": workers}
+    if address:
+        _reach(address)
     here = Path.cwd()
     with tempfile.TemporaryDirectory() as neutral:
         # Ray's workers import from the current folder first, where another `client` may lie.

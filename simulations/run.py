@@ -15,9 +15,9 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,15 @@ from typing import Any
 import torch
 from flwr.app import Context, RecordDict, UserConfig
 
+from client.site import Site
 from server.checkpoints import latest_checkpoint
 from server.registry import Registry, finite
 from server.report import write_report
 from server.summary import summarise, write_summary
 from shared.drafting import draft_plan
-from shared.errors import PlanError, StorageError
+from shared.errors import ErrorCode, FederationError, PlanError, StorageError
 from shared.files import storage_errors, write_atomic
+from shared.messages import PlanQuery
 from shared.plan import RunPlan
 from shared.records import RecordStore
 from shared.tasks.registry import find_task
@@ -72,6 +74,12 @@ class Simulation:
         find_source(self.task)
         if self.sites < 1 or self.workers < 1:
             raise PlanError("A simulation needs at least one site and one worker.")
+        if len(set(self.data)) < len(self.data):
+            raise PlanError("The same hospital is given twice with --data.")
+        if self.ray_address and self.backend != "ray":
+            raise PlanError("--ray-address needs --backend ray.")
+        if self.max_epsilon is not None and not self.max_epsilon > 0.0:
+            raise PlanError(f"--max-epsilon must be positive, not {self.max_epsilon}.")
         if self.backend not in BACKENDS:
             raise PlanError(f"The backend must be one of {', '.join(BACKENDS)}, not {self.backend!r}.")
 
@@ -90,8 +98,10 @@ class Simulation:
         try:
             values = json.loads((out / "simulation.json").read_bytes())
             return cls(**{**values, "epsilon": float(values["epsilon"]), "data": tuple(values["data"])})
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except OSError as error:
             raise StorageError(f"There is no simulation to resume in {out}.") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise StorageError(f"{out / 'simulation.json'} is damaged. Start again with another --out.") from error
 
 
 def start(simulation: Simulation, out: Path, display: Display) -> dict[str, Any]:
@@ -103,6 +113,9 @@ def start(simulation: Simulation, out: Path, display: Display) -> dict[str, Any]
     """
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
+        given = [Path(path).resolve() for path in (*simulation.data, simulation.heldout, simulation.init) if path]
+        if any(path.is_relative_to(out.resolve()) for path in given):
+            raise StorageError(f"The input lies inside {out}, which is the run's own folder. Give another --out.")
         present = {entry.name for entry in out.iterdir()}
         if "plan.json" in present:
             raise StorageError(f"{out} holds a run already: go on with --resume {out}, or give another --out.")
@@ -123,14 +136,12 @@ def resume(simulation: Simulation, out: Path, display: Display) -> dict[str, Any
         local_workers = simulation.workers if simulation.backend == "local" else 1
         pool = stack.enter_context(worker_pool(local_workers))
         federation = Federation.open(out) or _prepare(simulation, out, display)
-        plan = _plan(simulation, federation, out)
-        cap = simulation.epsilon if simulation.max_epsilon is None else simulation.max_epsilon
-        write_policies(federation, task=plan.task, max_epsilon=cap)
+        plan = _agree(simulation, federation, out)
         registry = Registry(_folder(out) / "registry.sqlite")
         setup_s = time.monotonic() - began
         _note_origin(registry, simulation, plan)
         try:
-            with display.watch(registry, RUN, plan):
+            with display.watch(registry, RUN, plan), _explained(federation, plan):
                 _run_server(simulation, federation, plan, out, LocalGrid(federation.sites, simulation.seed, pool))
             if simulation.baselines and "baselines" not in registry.read(RUN).notes:
                 registry.add_note(RUN, "baselines", _baselines(simulation, federation, pool, display))
@@ -148,6 +159,7 @@ def _folder(out: Path) -> Path:
 def _prepare(simulation: Simulation, out: Path, display: Display) -> Federation:
     raw = tuple(Path(folder) for folder in simulation.data)
     if not raw:
+        shutil.rmtree(out / "data", ignore_errors=True)  # of a generation that was cut off
         with display.phase("Generating hospitals") as report:
             raw = find_source(simulation.task).generate(
                 out / "data",
@@ -171,7 +183,8 @@ def _prepare(simulation: Simulation, out: Path, display: Display) -> Federation:
         )
 
 
-def _plan(simulation: Simulation, federation: Federation, out: Path) -> RunPlan:
+def _agree(simulation: Simulation, federation: Federation, out: Path) -> RunPlan:
+    """Draft the plan and give the hospitals their rules and ledgers, once; later calls read the plan only."""
     path = out / "plan.json"
     if path.exists():
         return read_plan(path)
@@ -179,12 +192,28 @@ def _plan(simulation: Simulation, federation: Federation, out: Path) -> RunPlan:
     plan = draft_plan(
         simulation.task,
         epsilon=simulation.epsilon,
-        delta=simulation.delta or federation.delta,
+        delta=federation.delta if simulation.delta is None else simulation.delta,
         overrides=overrides,
     )
+    cap = simulation.epsilon if simulation.max_epsilon is None else simulation.max_epsilon
+    write_policies(federation, task=plan.task, max_epsilon=cap)
     values = finite({**asdict(plan), "digest": plan.digest, "epsilon": plan.epsilon()})
     write_atomic(path, json.dumps(values, indent=1).encode())
     return plan
+
+
+@contextmanager
+def _explained(federation: Federation, plan: RunPlan) -> Iterator[None]:
+    """Add to a refusal the reason that a hospital gives to its own people only."""
+    try:
+        yield
+    except FederationError as error:
+        for folder in federation.sites if error.code is ErrorCode.QUORUM_LOST else ():
+            try:
+                Site(folder).answer_query(PlanQuery(RUN, plan))
+            except FederationError as reason:
+                raise FederationError(f"{error} {folder.name} says: {reason}", error.code) from error
+        raise
 
 
 def read_plan(path: Path) -> RunPlan:
@@ -210,6 +239,7 @@ def _note_origin(registry: Registry, simulation: Simulation, plan: RunPlan) -> N
     registry.add_note(RUN, "data", origin)
     start_note = f"public checkpoint {simulation.init} (SHA-256 {plan.init})" if simulation.init else "random weights"
     registry.add_note(RUN, "start", start_note)
+    registry.add_note(RUN, "simulated_noise", True)
 
 
 def _run_server(simulation: Simulation, federation: Federation, plan: RunPlan, out: Path, grid: LocalGrid) -> None:
@@ -284,4 +314,5 @@ def _quiet() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
-    logging.getLogger("flwr").setLevel(logging.ERROR)
+    for name in ("flwr", "client.guard"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -15,6 +15,7 @@ from shared.drafting import DELTA_SHARE
 from shared.errors import FederationError, IntakeError, StorageError
 from shared.files import write_atomic
 from shared.records import RecordStore, write_store
+from shared.tasks.registry import find_task
 from simulations.sources import Progress, find_source
 
 HELDOUT_SHARE = 0.2
@@ -52,12 +53,19 @@ class Federation:
 
     @classmethod
     def open(cls, folder: Path) -> "Federation | None":
-        """Return the federation prepared in ``folder``, or ``None`` if that was not finished."""
+        """Return the federation prepared in ``folder``, or ``None`` if that was not finished.
+
+        Raises:
+            StorageError: If its description is damaged.
+        """
         path = folder / "federation.json"
         if not path.exists():
             return None
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return cls(tuple(values["names"]), tuple(values["declared_patients"]), folder)
+        try:
+            values = json.loads(path.read_bytes())
+            return cls(tuple(values["names"]), tuple(values["declared_patients"]), folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StorageError(f"{path} is damaged. Start again with another --out.") from error
 
 
 def prepare_federation(
@@ -79,11 +87,15 @@ def prepare_federation(
         FederationError: Naming the hospital's folder, if it gives no patient.
     """
     names = tuple(f"site-{number}" for number in range(1, len(raw) + 1))
-    declared, reserved = [], []
+    declared, reserved, first = [], [], None
     for number, (name, source) in enumerate(zip(names, raw, strict=True)):
         # A real hospital keeps a random secret; here it must repeat, for it decides the order of the patients.
         secret = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         store = _prepared(folder / "prepared" / name, source, task, secret, workers, report)
+        if store.kind != find_task(task).store_kind:
+            raise IntakeError(f"{source} holds {store.kind}, the task {task} reads {find_task(task).store_kind}.")
+        if stores_differ(store, first := first or store):
+            raise IntakeError(f"{source} was prepared in another way than the hospitals before it.")
         if heldout is None:
             order = np.random.default_rng([seed, number]).permutation(len(store))
             aside = round(len(store) * HELDOUT_SHARE)
@@ -91,7 +103,13 @@ def prepare_federation(
             store = store.subset(np.sort(order[aside:]))
         _write(folder / "sites" / name / "store", store)
         declared.append(coarse(len(store)))
-    _write(folder / "heldout", RecordStore.open(_store_folder(heldout)) if heldout else merge_stores(reserved))
+    apart = RecordStore.open(_store_folder(heldout)) if heldout else merge_stores(reserved)
+    if not len(apart):
+        raise IntakeError("Too few patients to set a fifth aside as held-out; give held-out patients with --heldout.")
+    if apart.kind != find_task(task).store_kind:
+        raise IntakeError(f"{heldout} holds {apart.kind}, the task {task} reads {find_task(task).store_kind}.")
+    _refuse_overlap(folder, names, apart)
+    _write(folder / "heldout", apart)
     federation = Federation(names, tuple(declared), folder)
     write_atomic(
         folder / "federation.json",
@@ -152,6 +170,18 @@ def merge_stores(stores: Sequence[RecordStore]) -> RecordStore:
         arrays={name: np.concatenate([store.arrays[name] for store in stores]) for name in first.arrays},
         digest=hashlib.sha256("".join(store.digest for store in stores).encode()).hexdigest(),
     )
+
+
+def stores_differ(one: RecordStore, other: RecordStore) -> bool:
+    """Whether two stores were prepared in different ways, so that their records must not be mixed."""
+    return dict(one.attributes) != dict(other.attributes) or set(one.arrays) != set(other.arrays)
+
+
+def _refuse_overlap(folder: Path, names: Sequence[str], heldout: RecordStore) -> None:
+    judged = {key.tobytes() for key in heldout.keys}
+    for name in names:
+        if judged & {key.tobytes() for key in RecordStore.open(folder / "sites" / name / "store").keys}:
+            raise IntakeError(f"Held-out patients are among the training patients of {name}. Give other ones.")
 
 
 def _write(path: Path, store: RecordStore) -> None:

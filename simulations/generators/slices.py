@@ -34,6 +34,8 @@ def deal_slices(archive: Path, out: Path, *, sites: int, seed: int) -> tuple[Pat
         raise IntakeError(f"{archive} holds {len(exams)} exams, too few for {sites} hospitals.")
     np.random.default_rng(seed).shuffle(exams)
     patches, size = shrink(image), diameter_px(image)
+    if out.exists() and any(out.iterdir()):
+        raise IntakeError(f"{out} is not empty. Give a new folder to --out.")
     folders = tuple(out / f"site-{number}" for number in range(1, sites + 1))
     for number, folder in enumerate(folders):
         patients = []
@@ -48,7 +50,7 @@ def deal_slices(archive: Path, out: Path, *, sites: int, seed: int) -> tuple[Pat
                 "diameter_mm": largest[inverse].astype(np.float32),
                 "vendor": np.full(len(rows), VENDORS.index("other"), np.uint8),
             }
-            patients.append(PatientItem(hashlib.sha256(name.encode()).digest()[:KEY_BYTES], arrays))
+            patients.append(PatientItem(hashlib.sha256(str(name).encode()).digest()[:KEY_BYTES], arrays))
         write_store(folder, kind=STORE_KIND, patients=patients, attributes={"diameter_unit": "source pixel"})
     return folders
 
@@ -69,6 +71,9 @@ def diameter_px(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
 def _read(archive: Path) -> tuple[npt.NDArray[np.uint8], ...]:
     try:
         with np.load(archive, allow_pickle=False) as content:
-            return tuple(content[name] for name in _FIELDS)
-    except (OSError, KeyError, ValueError, BadZipFile) as error:
+            fields = tuple(content[name] for name in _FIELDS)
+    except (OSError, EOFError, TypeError, KeyError, ValueError, BadZipFile) as error:
         raise IntakeError(f"{archive} is no archive of nodule slices with {', '.join(_FIELDS)}.") from error
+    if fields[0].shape[1:] != (64, 64) or len({len(part) for part in fields}) > 1:
+        raise IntakeError(f"{archive} must hold images (N, 64, 64) and as many entries in every other field.")
+    return fields

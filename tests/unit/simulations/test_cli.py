@@ -5,9 +5,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from shared.records import RecordStore
+from shared.records import RecordStore, write_store
 from simulations import cli
 
 
@@ -39,6 +40,10 @@ def hospital(tmp_path: Path, make_nodule_store: Callable[..., RecordStore]) -> P
         (["--max-epsilon", "0.5"], "budget-exceeded"),
         (["--init", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--heldout", "nowhere"], "no prepared store"),
+        (["--backend", "ray", "--ray-address", "127.0.0.1:9"], "No Ray cluster answers"),
+        (["--backend", "ray", "--ray-address", "banana"], "No Ray cluster answers"),
+        (["--ray-address", "127.0.0.1:9"], "needs --backend ray"),
+        (["--max-epsilon", "nan"], "must be positive"),
     ],
 )
 def test_wrong_values_are_one_sentence(
@@ -88,6 +93,29 @@ def test_a_missing_out_and_a_missing_resume_are_one_sentence(
     assert "--out" in capfd.readouterr().err
     assert call(monkeypatch, "run", "--resume", str(tmp_path)) == 1
     assert "no simulation to resume" in capfd.readouterr().err
+
+
+def test_an_undefined_metric_is_said_and_is_no_failure(
+    tmp_path: Path,
+    make_nodule_store: Callable[..., RecordStore],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    store = make_nodule_store(tmp_path / "all", patients=20)
+    benign = np.flatnonzero([not item.arrays["malignant"].any() for item in store.items()])
+    part = store.subset(benign)
+    write_store(tmp_path / "benign", kind=part.kind, patients=part.items(), attributes=part.attributes)
+    make_nodule_store(tmp_path / "hospital", patients=12, seed=5)
+    odd = tmp_path / "odd [/x] ü"
+    monkeypatch.setattr(
+        sys, "argv",
+        ["fedward-sim", "run", "--data", str(tmp_path / "hospital"), "--heldout", str(tmp_path / "benign"),
+         "--rounds", "1", "--workers", "1", "--out", str(odd)],
+    )  # fmt: skip
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert not caught.value.code
+    assert "undefined" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["run", "generate"])

@@ -13,7 +13,7 @@ from rich.console import Console
 import client.site
 from client.ledger import Ledger
 from shared.errors import FederationError, StorageError
-from shared.records import RecordStore
+from shared.records import RecordStore, write_store
 from simulations.display import Display
 from simulations.run import Simulation, resume, start
 from simulations.sites import coarse, merge_stores
@@ -152,3 +152,74 @@ def test_a_failed_start_can_be_started_again(data: tuple[str, ...], tmp_path: Pa
 @pytest.mark.parametrize(("patients", "published"), [(1, 10), (14, 10), (16, 20), (485, 480)])
 def test_published_numbers_are_coarse(patients: int, published: int) -> None:
     assert coarse(patients) == published
+
+
+def test_input_inside_the_output_is_never_removed(data: tuple[str, ...], tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="inside"):
+        start(simulation(data), tmp_path, DISPLAY)
+    with pytest.raises(StorageError, match="inside"):
+        start(simulation(data[:1], heldout=data[1]), Path(data[1]), DISPLAY)
+    assert all(len(RecordStore.open(Path(folder))) == 30 for folder in data)
+
+
+def test_a_lost_registry_is_noticed(data: tuple[str, ...], tmp_path: Path) -> None:
+    """Otherwise a report would say that nothing was spent."""
+    start(simulation(data), tmp_path / "out", DISPLAY)
+    (tmp_path / "out" / "server" / "registry.sqlite").unlink()
+    with pytest.raises(StorageError, match="lost or replaced"):
+        resume(Simulation.load(tmp_path / "out"), tmp_path / "out", DISPLAY)
+
+
+def test_a_lost_ledger_or_a_changed_policy_is_not_made_good_silently(data: tuple[str, ...], tmp_path: Path) -> None:
+    start(simulation(data), tmp_path / "out", DISPLAY)
+    site = tmp_path / "out" / "sites" / "site-1"
+    (site / "ledger.sqlite").unlink()
+    (site / "site.toml").write_text("= =")
+    resume(Simulation.load(tmp_path / "out"), tmp_path / "out", DISPLAY)
+    assert not (site / "ledger.sqlite").exists()
+    assert (site / "site.toml").read_text() == "= ="
+
+
+@pytest.mark.parametrize("name", ["simulation.json", "plan.json", "federation.json"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", "[1]", '{"seed": "seven"}'])
+def test_a_damaged_file_is_one_sentence(data: tuple[str, ...], tmp_path: Path, name: str, content: str) -> None:
+    start(simulation(data, plan={"rounds": 1}), tmp_path / "out", DISPLAY)
+    (tmp_path / "out" / name).write_text(content)
+    with pytest.raises(FederationError, match=r"damaged|changed"):
+        resume(Simulation.load(tmp_path / "out"), tmp_path / "out", DISPLAY)
+
+
+def test_the_same_hospital_twice_and_judged_by_its_own_patients_are_refused(
+    data: tuple[str, ...], tmp_path: Path
+) -> None:
+    with pytest.raises(FederationError, match="twice"):
+        simulation((data[0], data[0]))
+    with pytest.raises(FederationError, match="among the training patients"):
+        start(simulation(data, heldout=data[0]), tmp_path / "out", DISPLAY)
+
+
+def test_stores_of_another_kind_or_preparation_are_refused(data: tuple[str, ...], tmp_path: Path) -> None:
+    store = RecordStore.open(Path(data[0]))
+    write_store(tmp_path / "ecg", kind="ecg", patients=store.items(), attributes=store.attributes)
+    write_store(tmp_path / "px", kind=store.kind, patients=store.items(), attributes={"diameter_unit": "pixel"})
+    with pytest.raises(FederationError, match="holds ecg"):
+        start(simulation((str(tmp_path / "ecg"),)), tmp_path / "a", DISPLAY)
+    with pytest.raises(FederationError, match="holds ecg"):
+        start(simulation(data, heldout=str(tmp_path / "ecg")), tmp_path / "b", DISPLAY)
+    with pytest.raises(FederationError, match="prepared in another way"):
+        start(simulation((data[1], str(tmp_path / "px"))), tmp_path / "c", DISPLAY)
+
+
+def test_a_refusal_tells_the_researcher_why(data: tuple[str, ...], tmp_path: Path) -> None:
+    with pytest.raises(FederationError, match="max_grad_norm is above"):
+        start(simulation(data, plan={"max_grad_norm": 50.0}), tmp_path / "out", DISPLAY)
+
+
+def test_a_delta_of_zero_is_refused_not_replaced(data: tuple[str, ...], tmp_path: Path) -> None:
+    with pytest.raises(FederationError, match="delta must lie"):
+        start(simulation(data, delta=0.0), tmp_path / "out", DISPLAY)
+
+
+def test_the_report_says_that_a_simulation_protects_nobody(data: tuple[str, ...], tmp_path: Path) -> None:
+    start(simulation(data, plan={"rounds": 1}), tmp_path / "out", DISPLAY)
+    assert "A simulation protects nobody" in (tmp_path / "out" / "report.html").read_text()
