@@ -11,7 +11,7 @@ are added in double precision and *rounded to a grid* whose step is a power of t
 standard deviation. Every output is a multiple of the step, whatever the data; rounding is post-processing of the
 real-valued mechanism. A cell in the bulk holds 2⁻²¹ of the mass against a resolution of 2⁻⁵³ or finer, so the
 probability of an output differs from the exact mechanism's by a relative 2⁻³²; cells where the relative error could
-reach 2⁻¹⁰ are hit with probability below 10⁻¹³ a coordinate.
+reach 2⁻¹⁰ lie beyond 6.6 σ and are hit with probability below 4·10⁻¹¹ a coordinate.
 """
 
 import math

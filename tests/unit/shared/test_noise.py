@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
-from scipy import stats
+from scipy import optimize, stats
 
 from shared.dp.noise import KeyStream, SecureNoise, SeededNoise, grid_step
 
@@ -102,3 +102,12 @@ def test_nothing_but_the_cipher_feeds_secure_noise() -> None:
     assert torch.equal(first, SecureNoise(KeyStream(KEY, b"noise")).add(torch.zeros(10), 1.0))
     stream = Cipher(algorithms.ChaCha20(KEY, b"noise".ljust(16, b"\0")), mode=None).encryptor()
     assert stream.update(bytes(8)) == KeyStream(KEY, b"noise").words(1).tobytes()
+
+
+@pytest.mark.parametrize("deviation", [1.0, 1.999])
+def test_cells_that_the_words_resolve_badly_are_as_rare_as_the_docstring_says(deviation: float) -> None:
+    """A word resolves the tail to 2⁻⁶⁴; where is that 2⁻¹⁰ of a grid cell's mass, and how often is it met?"""
+    width = grid_step(deviation) / deviation
+    edge = optimize.brentq(lambda z: stats.norm.pdf(z) * width - 2.0**-54, 3.0, 9.0)
+    assert edge > 6.6
+    assert 2 * stats.norm.sf(edge) < 4e-11
