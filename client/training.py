@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
+from shared.dp.memory import keep_freed_memory
 from shared.dp.noise import KeyStream, NoiseSource, SecureNoise, SeededNoise
 from shared.dp.step import OrdinaryStep, PrivateStep, padded_parts
 from shared.plan import RunPlan
@@ -75,6 +76,7 @@ def train_round(
     Raises:
         ProtocolError: If the weights do not fit the model or are not finite.
     """
+    keep_freed_memory()
     device = preferred_device()
     model = task.build().to(device)
     unpack(weights, model)

@@ -23,6 +23,7 @@ from torch import Generator, Tensor, nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
+from shared.dp.memory import keep_freed_memory
 from shared.dp.noise import SeededNoise
 from shared.dp.step import PrivateStep
 from shared.errors import PlanError
@@ -141,6 +142,7 @@ def measure(models: Sequence[str], batch: int | None, repeats: int) -> list[Meas
 
 
 def _measure_case(model: str, batch: int, repeats: int) -> list[Measurement]:
+    keep_freed_memory()  # for every engine, as in training
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -194,6 +196,7 @@ def _peak_mib(engine: str, model: str, batch: int) -> float:
 
 
 def _growth(engine: str, model: str, batch: int) -> float:
+    keep_freed_memory()
     torch.set_num_threads(1)
     _step(engine, model, 2)()
     before = _peak_kib()

@@ -35,10 +35,11 @@ def dense(parameters: tuple[nn.Parameter, nn.Parameter | None], x: Tensor, g: Te
     """Return the contribution of weight ``(p, d)`` and bias ``(p,)``, used at ``(B, T, d)`` and ``(B, T, p)``."""
     weight, bias = parameters
     gradients = None if gram_is_cheaper(x.shape[1], x.shape[2], g.shape[2]) else g.transpose(1, 2) @ x
-    norms = gram_norm(x, g) if gradients is None else square_norm(gradients)
+    norms = gram_norm(x, g, int(bias is not None)) if gradients is None else square_norm(gradients)
     if bias is None:
         return Contribution((weight,), norms, lambda c: (_weighted(gradients, x, g, c),))
-    norms = norms + square_norm(g.sum(1))
+    if gradients is not None:
+        norms = norms + square_norm(g.sum(1))
 
     def weighted(coefficients: Tensor) -> tuple[Tensor, ...]:
         return _weighted(gradients, x, g, coefficients), torch.einsum("b,btp->p", coefficients, g)

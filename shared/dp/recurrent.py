@@ -1,8 +1,5 @@
 """Book-keeping for LSTM and GRU: a scan whose backward pass emits only the gates' gradients.
 
-The scans write into buffers made once and use torch's fused derivative kernels; sequences are short and states
-small, so the number of operations is what costs.
-
 With gate gradients b_t, inputs x_t and previous states h_t a patient's squared norm is, biases included,
 
     Σ_{s,t} (b_s·b_t)(x_s·x_t + 1) + Σ_{s,t} (b_s·b_t)(h_s·h_t + 1)
@@ -17,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.dp.tape import Contribution, Tape, gram_norm, square_norm
+from shared.dp.scans import gru_backward, gru_forward, lstm_backward, lstm_forward
+from shared.dp.tape import Contribution, Tape, gram_norm
 from shared.errors import FederationError
 
 Output = tuple[Tensor, Tensor]
@@ -61,71 +59,6 @@ def _stack(
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-_aten = torch.ops.aten
-_sigmoid_backward = _aten.sigmoid_backward.grad_input
-_tanh_backward = _aten.tanh_backward.grad_input
-
-
-def lstm_forward(gates: Tensor, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scan ``(T, N, 4H)`` input-side gates.
-
-    Returns:
-        Hidden states, cell states, tanh of the new cell states (all ``(T, N, H)``), and the activations i, f, g, o,
-        which overwrite ``gates``.
-    """
-    size, transposed = weight.shape[1], weight.t()
-    hiddens = gates.new_empty((*gates.shape[:2], size))
-    cells, squashed = torch.empty_like(hiddens), torch.empty_like(hiddens)
-    hidden = cell = gates.new_zeros(gates.shape[1], size)
-    for t in range(len(gates)):
-        a = gates[t].addmm_(hidden, transposed)
-        a[:, : 2 * size].sigmoid_()
-        a[:, 2 * size : 3 * size].tanh_()
-        a[:, 3 * size :].sigmoid_()
-        i, f, g, o = a.chunk(4, 1)
-        torch.mul(f, cell, out=cells[t]).addcmul_(i, g)
-        torch.tanh(cells[t], out=squashed[t])
-        torch.mul(o, squashed[t], out=hiddens[t])
-        if mask is not None:
-            torch.lerp(cell, cells[t], mask[t], out=cells[t])
-            torch.lerp(hidden, hiddens[t], mask[t], out=hiddens[t])
-        hidden, cell = hiddens[t], cells[t]
-    return hiddens, cells, squashed, gates
-
-
-def lstm_backward(
-    output_gradient: Tensor,
-    cells: Tensor,
-    squashed: Tensor,
-    activations: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-) -> Tensor:
-    """Return the gates' gradients ``(T, N, 4H)`` from the outputs' ``(T, N, H)``."""
-    result, size = torch.empty_like(activations), weight.shape[1]
-    of_hidden = torch.zeros_like(cells[0])
-    of_cell = torch.zeros_like(cells[0])
-    start = torch.zeros_like(cells[0])
-    for t in range(len(cells) - 1, -1, -1):
-        of_hidden = of_hidden + output_gradient[t]
-        kept_hidden = kept_cell = None
-        if mask is not None:
-            kept_hidden, kept_cell = of_hidden * (1 - mask[t]), of_cell * (1 - mask[t])
-            of_hidden, of_cell = of_hidden * mask[t], of_cell * mask[t]
-        i, f, g, o = activations[t].chunk(4, 1)
-        of_cell = of_cell + _aten.tanh_backward(of_hidden * o, squashed[t])
-        part = result[t]
-        _sigmoid_backward(of_cell * g, i, grad_input=part[:, :size])
-        _sigmoid_backward(of_cell * (cells[t - 1] if t else start), f, grad_input=part[:, size : 2 * size])
-        _tanh_backward(of_cell * i, g, grad_input=part[:, 2 * size : 3 * size])
-        _sigmoid_backward(of_hidden * squashed[t], o, grad_input=part[:, 3 * size :])
-        if t:
-            of_hidden, of_cell = part @ weight, of_cell * f
-        if kept_hidden is not None and kept_cell is not None:
-            of_hidden, of_cell = of_hidden + kept_hidden, of_cell + kept_cell
-    return result
-
-
 class _LSTM(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, mask: Tensor | None, *arguments: Any) -> Tensor:
@@ -145,64 +78,6 @@ class _LSTM(torch.autograd.Function):
         return _input_gradient(ctx, gates, w_ih), *[None] * 6
 
 
-def gru_forward(
-    gates: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scan ``(T, N, 3H)`` input-side gates.
-
-    Returns:
-        Hidden states ``(T, N, H)``, the activations r, z, n, which overwrite ``gates``, and the hidden side of n.
-    """
-    size, transposed = weight.shape[1], weight.t()
-    hiddens = gates.new_empty((*gates.shape[:2], size))
-    candidates = torch.empty_like(hiddens)
-    hidden = gates.new_zeros(gates.shape[1], size)
-    for t in range(len(gates)):
-        own = hidden @ transposed if bias is None else torch.addmm(bias, hidden, transposed)
-        gates[t, :, : 2 * size].add_(own[:, : 2 * size]).sigmoid_()
-        r, z, n = gates[t].chunk(3, 1)
-        candidates[t] = own[:, 2 * size :]
-        n.addcmul_(r, candidates[t]).tanh_()
-        torch.lerp(n, hidden, z, out=hiddens[t])
-        if mask is not None:
-            torch.lerp(hidden, hiddens[t], mask[t], out=hiddens[t])
-        hidden = hiddens[t]
-    return hiddens, gates, candidates
-
-
-def gru_backward(
-    output_gradient: Tensor,
-    hiddens: Tensor,
-    activations: Tensor,
-    candidates: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Return the gates' gradients on the input side and on the hidden side, each ``(T, N, 3H)``."""
-    size = weight.shape[1]
-    input_side, hidden_side = torch.empty_like(activations), torch.empty_like(activations)
-    gradient = torch.zeros_like(hiddens[0])
-    start = torch.zeros_like(hiddens[0])
-    for t in range(len(hiddens) - 1, -1, -1):
-        gradient = gradient + output_gradient[t]
-        kept = None
-        if mask is not None:
-            kept, gradient = gradient * (1 - mask[t]), gradient * mask[t]
-        r, z, n = activations[t].chunk(3, 1)
-        x, h = input_side[t], hidden_side[t]
-        through = gradient * z
-        _tanh_backward(gradient - through, n, grad_input=x[:, 2 * size :])
-        torch.mul(x[:, 2 * size :], r, out=h[:, 2 * size :])
-        _sigmoid_backward(x[:, 2 * size :] * candidates[t], r, grad_input=x[:, :size])
-        before = hiddens[t - 1] if t else start
-        _sigmoid_backward(gradient * (before - n), z, grad_input=x[:, size : 2 * size])
-        h[:, : 2 * size] = x[:, : 2 * size]
-        gradient = torch.addmm(through, h, weight) if t else through
-        if kept is not None:
-            gradient = gradient + kept
-    return input_side, hidden_side
-
-
 class _GRU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, mask: Tensor | None, *arguments: Any) -> Tensor:
@@ -217,12 +92,13 @@ class _GRU(torch.autograd.Function):
     def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, w_ih, w_hh, hiddens, activations, candidates = ctx.saved_tensors
         of_outputs = output_gradient.transpose(0, 1)
-        input_side, hidden_side = gru_backward(of_outputs, hiddens, activations, candidates, w_hh, ctx.mask)
-        w, u, b, c = ctx.parameters
-        patients = ctx.tape.patients
-        ctx.tape.add(_side((w, b), inputs.transpose(0, 1), input_side, patients))
-        ctx.tape.add(_side((u, c), _before(hiddens), hidden_side, patients))
-        return _input_gradient(ctx, input_side, w_ih), *[None] * 6
+        hidden_side, of_candidates = gru_backward(of_outputs, hiddens, activations, candidates, w_hh, ctx.mask)
+        ctx.tape.add(_two_sided(ctx.parameters, inputs.transpose(0, 1), hiddens, hidden_side, of_candidates, ctx.tape))
+        if not ctx.needs_input_grad[0]:
+            return None, *[None] * 6
+        shared = hidden_side.shape[-1] - of_candidates.shape[-1]
+        gradient = hidden_side[..., :shared] @ w_ih[:shared] + of_candidates @ w_ih[shared:]
+        return gradient.transpose(0, 1), *[None] * 6
 
 
 def _steps(mask: Tensor | None, inputs: Tensor) -> Tensor | None:
@@ -252,36 +128,59 @@ def _one_sided(
     Both weights are one: [W_ih, W_hh] used at positions [x, h]. Both biases have one gradient.
     """
     joined = torch.cat([x, _before(hiddens)], dim=-1)
-    weights, biases = parameters[:2], parameters[2:]
-    both = _side((weights[0], biases[0]), joined, gates, patients)
-    norms = both.square_norms
-    if biases[0] is not None:
-        norms = norms + square_norm(_positions(gates, patients).sum(1))
+    biases = sum(bias is not None for bias in parameters[2:])
 
     def weighted(coefficients: Tensor) -> tuple[Tensor, ...]:
-        weight, *bias = both.weighted(coefficients)
-        return *weight.split([x.shape[-1], hiddens.shape[-1]], dim=1), *bias, *[b.clone() for b in bias]
+        by_row = _by_row(coefficients, gates)
+        weight, bias = gates.flatten(0, 1).t() @ (joined.flatten(0, 1) * by_row), gates.flatten(0, 1).t() @ by_row
+        return *weight.split([x.shape[-1], hiddens.shape[-1]], dim=1), *(bias[:, 0].clone() for _ in range(biases))
 
+    norms = gram_norm(_positions(joined, patients), _positions(gates, patients), biases)
     return Contribution(tuple(p for p in parameters if p is not None), norms, weighted)
 
 
-def _side(
-    parameters: tuple[nn.Parameter | None, nn.Parameter | None], x: Tensor, gates: Tensor, patients: int
+def _two_sided(
+    parameters: tuple[nn.Parameter | None, ...],
+    x: Tensor,
+    hiddens: Tensor,
+    hidden_side: Tensor,
+    of_candidates: Tensor,
+    tape: Tape,
 ) -> Contribution:
-    """The contribution of one weight and its bias, used at ``(T, N, d)`` with gate gradients ``(T, N, kH)``."""
-    g = _positions(gates, patients)
-    norms = gram_norm(_positions(x, patients), g)
-    has_bias = parameters[1] is not None
-    if has_bias:
-        norms = norms + square_norm(g.sum(1))
+    """The contribution of a GRU, whose sides share the gradients of r and z and have their own of n.
+
+    The Gram products and sums over what is shared are made once.
+    """
+    shared = hidden_side.shape[-1] - of_candidates.shape[-1]
+    r_and_z, own = hidden_side[..., :shared], hidden_side[..., shared:]
+    h = _before(hiddens)
+    joined, with_bias = torch.cat([x, h], dim=-1), parameters[2] is not None
+    grams = [_gram(_positions(side, tape.patients)) for side in (x, h, r_and_z, of_candidates, own)]
+    of_x, of_h, of_shared, of_n, of_own = grams
+    norms = ((of_x + with_bias) * (of_shared + of_n) + (of_h + with_bias) * (of_shared + of_own)).sum((1, 2))
 
     def weighted(coefficients: Tensor) -> tuple[Tensor, ...]:
-        by_record = coefficients.repeat_interleave(gates.shape[1] // patients)
-        scaled = (gates * by_record[None, :, None]).flatten(0, 1)
-        weight = scaled.T @ x.reshape(-1, x.shape[-1])
-        return (weight, scaled.sum(0)) if has_bias else (weight,)
+        by_row = _by_row(coefficients, hidden_side)
+        scaled = joined.flatten(0, 1) * by_row
+        scaled_x, scaled_h = scaled.split([x.shape[-1], h.shape[-1]], dim=1)
+        both, n, u = r_and_z.flatten(0, 1).t(), of_candidates.flatten(0, 1).t(), own.flatten(0, 1).t()
+        in_both_x, in_both_h = (both @ scaled).split([x.shape[-1], h.shape[-1]], dim=1)
+        weights = torch.cat([in_both_x, n @ scaled_x]), torch.cat([in_both_h, u @ scaled_h])
+        if not with_bias:
+            return weights
+        return *weights, torch.cat([both @ by_row, n @ by_row])[:, 0], torch.cat([both @ by_row, u @ by_row])[:, 0]
 
     return Contribution(tuple(p for p in parameters if p is not None), norms, weighted)
+
+
+def _gram(positions: Tensor) -> Tensor:
+    return positions @ positions.transpose(1, 2)
+
+
+def _by_row(coefficients: Tensor, gates: Tensor) -> Tensor:
+    """Return each patient's coefficient at every step of its records ``(T·N, 1)``."""
+    steps, records, _ = gates.shape
+    return coefficients.repeat_interleave(records // len(coefficients)).repeat(steps)[:, None]
 
 
 def _positions(tensor: Tensor, patients: int) -> Tensor:

@@ -89,14 +89,15 @@ def square_norm(gradients: Tensor) -> Tensor:
     return norms.square()
 
 
-def gram_norm(inputs: Tensor, outputs: Tensor) -> Tensor:
+def gram_norm(inputs: Tensor, outputs: Tensor, biases: int = 0) -> Tensor:
     """Return ``(B,)`` squared norms of Σ_t g_t x_tᵀ from ``(B, T, d)`` and ``(B, T, p)`` without forming them.
 
-    ‖Σ_t g_t x_tᵀ‖² = Σ_{s,t} (x_s·x_t)(g_s·g_t); Bu et al. 2022, equation 3.
+    ‖Σ_t g_t x_tᵀ‖² = Σ_{s,t} (x_s·x_t)(g_s·g_t); Bu et al. 2022, equation 3. A bias is an input that is always 1, so
+    each of the ``biases`` adds 1 to x_s·x_t.
     """
     if inputs.shape[1] == 1:
-        return inputs.square().sum((1, 2)) * outputs.square().sum((1, 2))
-    return (inputs @ inputs.transpose(1, 2) * (outputs @ outputs.transpose(1, 2))).sum((1, 2))
+        return square_norm(outputs) * (square_norm(inputs) + biases)
+    return ((inputs @ inputs.transpose(1, 2)).add_(biases) * (outputs @ outputs.transpose(1, 2))).sum((1, 2))
 
 
 def gram_is_cheaper(positions: int, inputs: int, outputs: int) -> bool:

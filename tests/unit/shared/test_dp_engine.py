@@ -267,7 +267,7 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
         build, shape = CASES[case]
         whole, _ = by_engine(make(build), data(shape, 5, 2), 0.05)
         with monkeypatch.context() as patched:
-            patched.setattr("shared.dp.convolution._CHUNK_FLOATS", 1)
+            patched.setattr("shared.dp.unfolding._CHUNK_FLOATS", 1)
             parts, _ = by_engine(make(build), data(shape, 5, 2), 0.05)
         for a, b in zip(whole, parts, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
