@@ -4,7 +4,7 @@ One record is one instant of a patient's 5-minute grid. A patient's segments fol
 inside a segment there is no gap. Fields of the store (kind ``cgm-5min``):
 
     glucose        float32 (R,): mg/dL
-    insulin        float32 (R,): units given in the 5 minutes that end at the instant, bolus and basal as exported
+    insulin        float32 (R,): fast-acting units given in the 5 minutes that end at the instant
     carbohydrate   float32 (R,): grams eaten in those 5 minutes
     minute_of_day  int16 (R,): 0 to 1439, local time
     segment        int32 (R,): number of the segment within its patient, 0, 1, …
