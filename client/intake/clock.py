@@ -180,7 +180,8 @@ def _try(text: str, form: str) -> datetime | None:
 def _strptime(time_format: str) -> Parser:
     """Return a parser that remembers dates and times of day, which repeat, where ``strptime`` is slow."""
     date_format, _, clock_format = time_format.partition(" ")
-    if set(re.findall("%(.)", clock_format)) - set("HIMSp") or not {"Y", "d"} <= set(re.findall("%(.)", date_format)):
+    dates, clocks = (set(re.findall("%(.)", form)) for form in (date_format, clock_format))
+    if not {"Y", "d"} <= dates or not clocks or clocks - set("HIMSp"):
         return lambda text: _try(text, time_format)
 
     @lru_cache(maxsize=100_000)
