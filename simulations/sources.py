@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from client.intake.glucose import prepare_glucose
 from client.intake.nodules import prepare_nodules
 from shared.errors import PlanError
+from simulations.generators.glucose import generate_glucose_hospitals
 from simulations.generators.hospitals import generate_hospitals
 
 Progress = Callable[[str, int, int], None]
@@ -30,6 +32,10 @@ def _prepare_ct_nodules(raw: Path, store: Path, secret: bytes, workers: int, pro
     prepare_nodules(raw, raw / "annotations.csv", store, secret, on_progress=progress, workers=workers)
 
 
+def _prepare_glucose(raw: Path, store: Path, secret: bytes, _workers: int, progress: Progress) -> None:
+    prepare_glucose(raw, store, secret, on_progress=progress)
+
+
 SOURCES = {
     "nodule-classification": Source(
         generate=generate_hospitals,
@@ -39,7 +45,15 @@ SOURCES = {
             "radiologists), lung texture and scanner noise are simulated. A score on such images is "
             "no clinical claim."
         ),
-    )
+    ),
+    "glucose-forecast": Source(
+        generate=generate_glucose_hospitals,
+        prepare=_prepare_glucose,
+        origin=(
+            "Simulated glucose: patients of Bergman's minimal model with Hovorka's absorption of meals and insulin, "
+            "and the errors of sensors and of people. A score on such records is no clinical claim."
+        ),
+    ),
 }
 
 
