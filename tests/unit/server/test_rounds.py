@@ -32,6 +32,7 @@ PLAN = RunPlan(
     min_sites=2,
     deadline_s=5.0,
 )
+NORM_CAP = 1e4
 Answer = Callable[[TrainRequest, Message], Message]
 
 
@@ -82,9 +83,15 @@ def twisted(change: Callable[[TrainReply], TrainReply]) -> Answer:
     return answer
 
 
+def with_one(weights: np.ndarray, value: float) -> np.ndarray:
+    changed = weights.copy()
+    changed[7] = value
+    return changed
+
+
 def run(folder: Path, answers: dict[int, Answer | None], plan: RunPlan = PLAN) -> ScriptedGrid:
     grid = ScriptedGrid(answers)
-    run_federation(grid, Job("r", plan, folder, None))
+    run_federation(grid, Job("r", plan, folder, None, max_update_norm=NORM_CAP))
     return grid
 
 
@@ -110,13 +117,16 @@ def test_the_average_is_weighted_by_declared_patients(tmp_path: Path) -> None:
     ("answer", "outcome"),
     [
         (lambda _request, message: error_reply(ErrorCode.BUDGET_EXCEEDED, message), "budget-exceeded"),
-        (lambda _r, message: Message(Error(3, "Traceback: Mrs Jones"), reply_to=message), "internal"),
+        (lambda _r, message: Message(Error(2, "Traceback: Mrs Jones"), reply_to=message), "internal"),
         (lambda _request, message: Message(RecordDict(), reply_to=message), "bad-message"),
-        (twisted(lambda reply: replace(reply, round=reply.round + 1)), "plan-changed"),
+        (twisted(lambda reply: replace(reply, round=reply.round + 1)), "stale-round"),
         (twisted(lambda reply: replace(reply, plan_digest="another")), "plan-changed"),
         (twisted(lambda reply: replace(reply, weights=reply.weights[:-1])), "bad-message"),
-        (twisted(lambda reply: replace(reply, weights=reply.weights * np.float32("nan"))), "bad-message"),
-        (twisted(lambda reply: replace(reply, weights=reply.weights + np.float32("inf"))), "bad-message"),
+        (twisted(lambda reply: replace(reply, weights=reply.weights * np.float32("nan"))), "not-finite"),
+        (twisted(lambda reply: replace(reply, weights=reply.weights + np.float32("inf"))), "not-finite"),
+        (twisted(lambda reply: replace(reply, weights=with_one(reply.weights, np.nan))), "not-finite"),
+        (twisted(lambda reply: replace(reply, weights=reply.weights * np.float32(1e4))), "update-too-large"),
+        (twisted(lambda reply: replace(reply, weights=with_one(reply.weights, 1e30))), "update-too-large"),
     ],
 )
 def test_a_bad_reply_is_dropped_named_and_the_round_goes_on(tmp_path: Path, answer: Answer, outcome: str) -> None:
