@@ -145,7 +145,7 @@ def weighted_reply(weights: Vector, declared_patients: int = 1) -> Message:
         ttl=1.0,
         message_type=MessageType.TRAIN,
     )
-    return Message(content=content, metadata=nowhere)
+    return Message(content=content, metadata=nowhere)  # type: ignore[call-overload,no-any-return]
 
 
 def global_weights(arrays: ArrayRecord) -> Vector:

@@ -190,6 +190,15 @@ def test_a_revoked_member_is_out_from_the_next_round(registry: Registry) -> None
     assert names(sites.gather()) == ["north"]
 
 
+def test_a_revoked_member_is_not_waited_for(registry: Registry) -> None:
+    grid, members = Sites({1: ("north", 10), 2: ("south", 20)}), dict(MEMBERS)
+    sites = Cohort(grid, registry, "r", PLAN, members, replace(QUICK, grace_s=60.0))
+    sites.gather()
+    del members[2]
+    grid.online = {1}
+    assert names(sites.gather()) == ["north"]
+
+
 def test_a_site_that_refused_is_asked_again_once_it_comes_back(registry: Registry) -> None:
     grid = Sites({1: ("north", 10), 2: ErrorCode.POLICY_REFUSED})
     sites = cohort(grid, registry)
