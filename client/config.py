@@ -30,10 +30,10 @@ COMMENTS = {
     "hours": 'When new rounds may train: "any", or with its offset from UTC, e.g. "22:00-06:00 +01:00".',
     "days": "Weekdays on which those hours begin.",
     "server": 'Where the server listens, "host:port". Its certificate must come from ca.crt in this folder.',
-    "proxy": 'HTTP proxy towards the server, "host:port"; empty for none.',
+    "proxy": 'HTTP proxy towards the server, "http://host:port"; empty for none.',
     "keep_alive_s": "A sign of life after so many idle seconds, so that a firewall keeps the connection.",
     "health_port": "Port of /healthz and /metrics on this machine's loopback; 0 lets the system choose.",
-    "max_message_mib": "Larger messages from the server are refused unread, in MiB.",
+    "max_message_mib": "Larger weights from the server are refused, in MiB.",
 }
 _AUTOMATIC = 0.0
 
@@ -74,10 +74,10 @@ class SitePolicy:
             "max-sample-rate must lie in (0, 1]": 0.0 < self.max_sample_rate <= 1.0,
             "max-weights-norm must be positive": self.max_weights_norm > 0.0,
             'server must be "host:port"': not self.server or is_address(self.server),
-            'proxy must be "host:port"': not self.proxy or is_address(self.proxy),
+            'proxy must be "http://host:port"': not self.proxy or is_address(self.proxy.removeprefix("http://")),
             "keep-alive-s must lie between 10 and 7200": 10.0 <= self.keep_alive_s <= 7200.0,
             "health-port must lie between 0 and 65535": 0 <= self.health_port <= 65_535,
-            "max-message-mib must lie between 1 and 2047": 1 <= self.max_message_mib <= 2047,  # gRPC's own limit
+            "max-message-mib must lie between 1 and 256": 1 <= self.max_message_mib <= 256,
         }
         if broken := [rule for rule, holds in rules.items() if not holds]:  # NaN holds nowhere
             raise PolicyError(f"site.toml is wrong: {'; '.join(broken)}.")

@@ -56,8 +56,10 @@ def check_weights(weights: Vector, task: Task, policy: SitePolicy) -> None:
 
     Raises:
         ProtocolError: If they do not fit the task's model or are not finite.
-        PolicyError: If their norm is above the cap.
+        PolicyError: If they are larger than the site permits, or their norm is.
     """
+    if weights.nbytes > policy.max_message_mib * 2**20:
+        raise PolicyError(f"The weights have {weights.nbytes} bytes, above max-message-mib {policy.max_message_mib}.")
     unpack(weights, task.build())
     norm = float(np.linalg.norm(weights.astype(np.float64)))
     if not norm <= policy.max_weights_norm:

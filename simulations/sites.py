@@ -118,7 +118,7 @@ def prepare_federation(
 
 
 def write_policies(federation: Federation, *, task: str, max_epsilon: float) -> None:
-    """Give each site its ``site.toml``, ledger and audit log; an infinite ``max_epsilon`` permits training with no noise."""
+    """Give each site its ``site.toml``, ledger and audit log; infinite ``max_epsilon`` permits zero noise."""
     for name, declared, folder in zip(federation.names, federation.declared_patients, federation.sites, strict=True):
         SitePolicy(
             name=name,
