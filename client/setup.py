@@ -10,7 +10,7 @@ from client.config import SitePolicy
 from client.intake.nodules import IntakeReport, Progress, prepare_nodules
 from client.intake.pseudonyms import load_or_create_secret
 from client.keys import make_key  # type: ignore[import-not-found, unused-ignore]
-from client.site import POLICY, STORE, Site, open_books
+from client.site import LEDGER, POLICY, STORE, Site, open_books
 from shared.errors import IntakeError, StorageError
 from shared.files import storage_errors, sync_directory, write_atomic
 from shared.records import RecordStore
@@ -38,6 +38,7 @@ def init_site(folder: Path, policy: SitePolicy, authority: Path) -> None:
         load_or_create_secret(temporary / PSEUDONYMS)
         make_key(temporary, policy.name, policy.declared_patients)
         open_books(temporary)
+        (temporary / LEDGER).chmod(0o600)  # it holds the keys of open releases
         Site(temporary).audit.note("configured", policy=policy.digest)
         with storage_errors(folder):
             sync_directory(temporary)
