@@ -1,51 +1,69 @@
 """A hospital's own rules, ``site.toml``: local law that no server overrides.
 
-name = "st-elsewhere"
-declared-patients = 200      # a coarse public figure, never the true count
-tasks = ["nodule-classification"]
-max-epsilon = 8.0            # all releases ever, composed
-max-delta = 0.0005
-min-noise-multiplier = 0.3
-max-grad-norm = 10.0
-max-sample-rate = 1.0
+``fedward-site init`` writes every key with a comment on it. Where plan and site differ, the stricter wins: what the
+site permits less of than the plan asks for is refused with a code.
 """
 
+import hashlib
+import json
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from client.hours import DAYS, Hours
+from shared.drafting import DELTA_SHARE
 from shared.errors import PolicyError, StorageError
 from shared.files import write_atomic
+
+COMMENTS = {
+    "name": "Public name of this site, as it is enrolled at the server.",
+    "declared_patients": "Public, coarse number of patients, fixed at enrolment: never the true count.",
+    "tasks": "What may be trained here. init lists every installed task; strike out what you do not want.",
+    "max_epsilon": "Cap on everything ever released, all runs and tasks composed. When it is reached, nothing more.",
+    "max_delta": "Largest delta at which a plan may state its epsilon. Default: a tenth of 1/declared-patients.",
+    "min_noise_multiplier": "Least noise, as a multiple of the clipping norm; 0 would permit training without privacy.",
+    "max_grad_norm": "Largest clipping norm of one patient's gradient.",
+    "max_sample_rate": "Largest probability of a patient joining a step; 1 permits every rate.",
+    "max_weights_norm": "Largest L2 norm of the weights that the server may send. A trained model stays far below.",
+    "hours": 'When new rounds may train: "any", or with its offset from UTC, e.g. "22:00-06:00 +01:00".',
+    "days": "Weekdays on which those hours begin.",
+    "server": 'Where the server listens, "host:port". Its certificate must come from ca.crt in this folder.',
+    "proxy": 'HTTP proxy towards the server, "http://host:port"; empty for none.',
+    "keep_alive_s": "A sign of life after so many idle seconds, so that a firewall keeps the connection.",
+    "health_port": "Port of /healthz and /metrics on this machine's loopback; 0 lets the system choose.",
+    "max_message_mib": "Larger weights from the server are refused, in MiB.",
+}
+_AUTOMATIC = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class SitePolicy:
-    """What this hospital permits.
-
-    Attributes:
-        name: Public name of the site.
-        declared_patients: Public, coarse number of patients: normaliser of updates and weight in the average.
-        tasks: Tasks that may train here.
-        max_epsilon: Cap on the composition of everything ever released.
-        max_delta: Largest delta at which a plan may state its epsilon.
-        min_noise_multiplier: Least noise; 0 permits training without privacy.
-        max_grad_norm: Largest clipping norm.
-        max_sample_rate: Largest probability of a patient joining a step.
-    """
+    """What this hospital permits, and how it reaches the server. ``COMMENTS`` says what each key means."""
 
     name: str
     declared_patients: int
     tasks: tuple[str, ...]
     max_epsilon: float
-    max_delta: float
+    max_delta: float = _AUTOMATIC
     min_noise_multiplier: float = 0.3
     max_grad_norm: float = 10.0
     max_sample_rate: float = 1.0
+    max_weights_norm: float = 1e4
+    hours: str = "any"
+    days: tuple[str, ...] = DAYS
+    server: str = ""
+    proxy: str = ""
+    keep_alive_s: float = 60.0
+    health_port: int = 0
+    max_message_mib: int = 256
 
     def __post_init__(self) -> None:
+        if self.max_delta == _AUTOMATIC and self.declared_patients >= 1:
+            object.__setattr__(self, "max_delta", DELTA_SHARE / self.declared_patients)
         rules = {
-            "name must not be empty": bool(self.name),
+            "name must be letters, digits, dots, dashes or underscores": is_name(self.name),
             "declared-patients must be at least 1": self.declared_patients >= 1,
             "max-epsilon must be positive": self.max_epsilon > 0.0,
             "max-delta must be positive and at most 1/declared-patients": (
@@ -54,9 +72,26 @@ class SitePolicy:
             "min-noise-multiplier must not be negative": self.min_noise_multiplier >= 0.0,
             "max-grad-norm must be positive": self.max_grad_norm > 0.0,
             "max-sample-rate must lie in (0, 1]": 0.0 < self.max_sample_rate <= 1.0,
+            "max-weights-norm must be positive": self.max_weights_norm > 0.0,
+            'server must be "host:port"': not self.server or is_address(self.server),
+            'proxy must be "http://host:port"': not self.proxy or is_address(self.proxy.removeprefix("http://")),
+            "keep-alive-s must lie between 10 and 7200": 10.0 <= self.keep_alive_s <= 7200.0,
+            "health-port must lie between 0 and 65535": 0 <= self.health_port <= 65_535,
+            "max-message-mib must lie between 1 and 256": 1 <= self.max_message_mib <= 256,
         }
         if broken := [rule for rule, holds in rules.items() if not holds]:  # NaN holds nowhere
             raise PolicyError(f"site.toml is wrong: {'; '.join(broken)}.")
+        _ = self.opening_hours
+
+    @cached_property
+    def opening_hours(self) -> Hours:
+        """When new rounds may train."""
+        return Hours.parse(self.hours, self.days)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all values: the audit log's name for these rules."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def read(cls, path: Path) -> "SitePolicy":
@@ -83,13 +118,28 @@ class SitePolicy:
             raise PolicyError(f"{path} lacks a key that has no default.") from error
 
     def write(self, path: Path) -> None:
-        """Write the policy as TOML."""
-        lines = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None:
-                lines.append(f"{field.name.replace('_', '-')} = {_toml(value)}\n")
-        write_atomic(path, "".join(lines).encode())
+        """Write every key, with a comment on each. Raises StorageError."""
+        keys = [
+            f"# {COMMENTS[field.name]}\n{field.name.replace('_', '-')} = {_toml(getattr(self, field.name))}\n"
+            for field in fields(self)
+        ]
+        write_atomic(path, ("# What this hospital permits. No server overrides it.\n\n" + "\n".join(keys)).encode())
+
+
+def is_name(text: str) -> bool:
+    """Whether a site or a run may be called so: it stands in files, logs and tables."""
+    return 0 < len(text) <= 128 and text.isascii() and text.strip("._-") != "" and not _strange(text)
+
+
+def is_address(text: str) -> bool:
+    """Whether this is ``host:port``; an IPv6 address stands in brackets."""
+    host, colon, port = text.rpartition(":")
+    plausible = bool(host) and host.isascii() and host.isprintable() and " " not in host and "/" not in host
+    return bool(colon) and plausible and port.isascii() and port.isdigit() and 0 < int(port) <= 65_535
+
+
+def _strange(text: str) -> bool:
+    return not all(character.isalnum() or character in "._-" for character in text)
 
 
 def _typed(key: str, value: Any, kind: Any) -> Any:
@@ -106,4 +156,4 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
 def _toml(value: object) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+    return json.dumps(value) if isinstance(value, str) else repr(value)

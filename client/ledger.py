@@ -12,6 +12,9 @@ Protocol of one release, and why no crash can break it:
    the same run and round: the same noise on other weights could be subtracted away.
 
 All releases compose, whatever store, task or run they belong to: a patient may be in any of them.
+
+The ledger also holds the audit log's head (``client.audit``), moved in the very transaction of the act that the
+log's last line announces: a log cut off at its end and a ledger put back to an older copy both show.
 """
 
 import sqlite3
@@ -21,11 +24,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from client.chain import Head
 from shared.accounting import Mechanism, epsilon_of
 from shared.errors import ErrorCode, ProtocolError, StorageError
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS releases (
+_RELEASES = """
+CREATE TABLE releases (
     id INTEGER PRIMARY KEY,
     run TEXT NOT NULL,
     round INTEGER NOT NULL,
@@ -36,6 +40,7 @@ CREATE TABLE IF NOT EXISTS releases (
     sample_rate REAL NOT NULL,
     noise_multiplier REAL NOT NULL,
     steps INTEGER NOT NULL,
+    delta REAL NOT NULL,
     reserved_at TEXT NOT NULL,
     committed_at TEXT,
     key BLOB,
@@ -43,8 +48,20 @@ CREATE TABLE IF NOT EXISTS releases (
     UNIQUE (run, round)
 ) STRICT
 """
+_AUDIT_HEAD = """
+CREATE TABLE audit_head (
+    id INTEGER PRIMARY KEY CHECK (id = 1),
+    sequence INTEGER NOT NULL,
+    sha256 TEXT NOT NULL,
+    size INTEGER NOT NULL
+) STRICT
+"""
 _BUSY_S = 30.0
-_VERSION = 1
+_VERSION = 2
+
+Announce = Callable[[str], Head]
+"""Told what is about to be done (``reserved``, ``resumed``, ``replayed``, ``released``), inside the transaction and
+before it counts; records it durably in the audit log and returns the log's new head. Raises to prevent the act."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +70,7 @@ class ReleaseRequest:
 
     Attributes:
         digest: Names everything the answer depends on, incoming weights included.
+        delta: At which the plan states its epsilon.
     """
 
     run: str
@@ -62,6 +80,7 @@ class ReleaseRequest:
     plan_digest: str
     digest: str
     mechanism: Mechanism
+    delta: float
 
 
 @dataclass(frozen=True)
@@ -85,7 +104,10 @@ class Release:
     run: str
     round: int
     task: str
+    plan_digest: str
+    digest: str
     mechanism: Mechanism
+    delta: float
     reserved_at: str
     committed_at: str | None
 
@@ -116,7 +138,8 @@ class Ledger:
                 with closing(sqlite3.connect(path, isolation_level=None)) as database:
                     database.execute("PRAGMA synchronous = EXTRA")
                     database.execute("BEGIN IMMEDIATE")
-                    database.execute(_SCHEMA)
+                    database.execute(_RELEASES)
+                    database.execute(_AUDIT_HEAD)
                     database.execute(f"PRAGMA user_version = {_VERSION}")
                     database.execute("COMMIT")
             except sqlite3.Error as error:
@@ -128,6 +151,7 @@ class Ledger:
         request: ReleaseRequest,
         key: bytes,
         check: Callable[[tuple[Mechanism, ...]], None],
+        announce: Announce | None = None,
     ) -> Reservation:
         """Reserve a release durably, or find the one already made for the same request.
 
@@ -135,6 +159,7 @@ class Ledger:
             request: The release.
             key: Fresh secret to keep if this is a new release.
             check: Called with all earlier mechanisms, inside the transaction; raises to refuse.
+            announce: Of the audit log.
 
         Raises:
             ProtocolError: ``replay-mismatch`` if the round was reserved for another request or its reply is
@@ -147,12 +172,14 @@ class Ledger:
                 (request.run, request.round),
             ).fetchone()
             if row:
-                return _existing(row, request)
+                found = _existing(row, request)
+                _announce(database, announce, "resumed" if found.reply is None else "replayed")
+                return found
             self._refuse_changed_plan(database, request)
             check(_mechanisms(database))
             cursor = database.execute(
                 "INSERT INTO releases (run, round, task, store_digest, plan_digest, request_digest, sample_rate,"
-                " noise_multiplier, steps, reserved_at, key) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                " noise_multiplier, steps, delta, reserved_at, key) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     request.run,
                     request.round,
@@ -163,13 +190,15 @@ class Ledger:
                     request.mechanism.sample_rate,
                     request.mechanism.noise_multiplier,
                     request.mechanism.steps,
+                    request.delta,
                     _now(),
                     key,
                 ),
             )
+            _announce(database, announce, "reserved")
             return Reservation(int(cursor.lastrowid or 0), key, None)
 
-    def commit(self, reservation: Reservation, reply: bytes) -> None:
+    def commit(self, reservation: Reservation, reply: bytes, announce: Announce | None = None) -> None:
         """Store the reply, erase the key and forget the replies of the run's earlier rounds, all or nothing.
 
         Raises:
@@ -187,6 +216,22 @@ class Ledger:
                 " AND run = (SELECT run FROM releases WHERE id = ?) AND reply IS NOT NULL",
                 (reservation.release_id, reservation.release_id),
             )
+            _announce(database, announce, "released")
+
+    def anchor(self, head: Head) -> None:
+        """Remember the audit log's head.
+
+        Raises:
+            StorageError: If the disk refuses.
+        """
+        with self._transaction() as database:
+            _anchor(database, head)
+
+    def audit_head(self) -> Head | None:
+        """Return the audit log's head at the last act; ``None`` if there never was a log."""
+        with self._transaction() as database:
+            row = database.execute("SELECT sequence, sha256, size FROM audit_head").fetchone()
+        return Head(*row) if row else None
 
     def mechanisms(self, *, except_run: str | None = None) -> tuple[Mechanism, ...]:
         """Return every reserved or committed mechanism, without those of one run if it is named."""
@@ -207,10 +252,12 @@ class Ledger:
         """Return all releases in the order in which they were reserved."""
         with self._transaction() as database:
             rows = database.execute(
-                "SELECT run, round, task, sample_rate, noise_multiplier, steps, reserved_at, committed_at"
-                " FROM releases ORDER BY id"
+                "SELECT run, round, task, plan_digest, request_digest, sample_rate, noise_multiplier, steps, delta,"
+                " reserved_at, committed_at FROM releases ORDER BY id"
             ).fetchall()
-        return tuple(Release(r[0], r[1], r[2], Mechanism(r[3], r[4], r[5]), r[6], r[7]) for r in rows)
+        return tuple(
+            Release(r[0], r[1], r[2], r[3], r[4], Mechanism(r[5], r[6], r[7]), r[8], r[9], r[10]) for r in rows
+        )
 
     def _refuse_changed_plan(self, database: sqlite3.Connection, request: ReleaseRequest) -> None:
         row = database.execute(
@@ -247,6 +294,18 @@ def _existing(row: tuple[int, str, bytes | None, bytes | None], request: Release
     if key is None and reply is None:
         raise ProtocolError("This round's reply is no longer kept.", ErrorCode.REPLAY_MISMATCH)
     return Reservation(release_id, key, reply)
+
+
+def _announce(database: sqlite3.Connection, announce: Announce | None, act: str) -> None:
+    if announce:
+        _anchor(database, announce(act))
+
+
+def _anchor(database: sqlite3.Connection, head: Head) -> None:
+    database.execute(
+        "INSERT OR REPLACE INTO audit_head (id, sequence, sha256, size) VALUES (1, ?, ?, ?)",
+        (head.sequence, head.sha256, head.size),
+    )
 
 
 def _mechanisms(database: sqlite3.Connection, except_run: str | None = None) -> tuple[Mechanism, ...]:

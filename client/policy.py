@@ -1,10 +1,16 @@
 """The hospital's decision on a plan: accepted, or refused with a code. Pure."""
 
+from datetime import datetime
+
+import numpy as np
+
 from client.config import SitePolicy
 from shared.accounting import Mechanism, epsilon_of
 from shared.errors import BudgetExceeded, PolicyError
 from shared.plan import RunPlan
+from shared.tasks.base import Task
 from shared.tasks.registry import find_task
+from shared.weights import Vector, unpack
 
 _ROUNDING = 1e-9
 
@@ -30,8 +36,8 @@ def check_plan(plan: RunPlan, policy: SitePolicy) -> None:
         raise PolicyError(f"The plan is refused: {'; '.join(broken)}. Change the plan or site.toml.")
 
 
-def check_budget(earlier: tuple[Mechanism, ...], proposed: Mechanism, plan: RunPlan, policy: SitePolicy) -> None:
-    """Check that ``proposed`` after all ``earlier`` releases stays within the hospital's budget.
+def check_budget(earlier: tuple[Mechanism, ...], proposed: Mechanism, plan: RunPlan, policy: SitePolicy) -> float:
+    """Check that ``proposed`` after all ``earlier`` releases stays within the budget; return the epsilon it reaches.
 
     Raises:
         BudgetExceeded: If it does not.
@@ -42,3 +48,29 @@ def check_budget(earlier: tuple[Mechanism, ...], proposed: Mechanism, plan: RunP
             f"Epsilon would reach {total:.3f} at delta {plan.delta:g}; site.toml permits {policy.max_epsilon:g}. "
             "Fewer rounds, more noise or a larger max-epsilon would be needed."
         )
+    return total
+
+
+def check_weights(weights: Vector, task: Task, policy: SitePolicy) -> None:
+    """Check the server's weights ``(D,)`` before they reach the model that trains, and before anything is spent.
+
+    Raises:
+        ProtocolError: If they do not fit the task's model or are not finite.
+        PolicyError: If they are larger than the site permits, or their norm is.
+    """
+    if weights.nbytes > policy.max_message_mib * 2**20:
+        raise PolicyError(f"The weights have {weights.nbytes} bytes, above max-message-mib {policy.max_message_mib}.")
+    unpack(weights, task.build())
+    norm = float(np.linalg.norm(weights.astype(np.float64)))
+    if not norm <= policy.max_weights_norm:
+        raise PolicyError(f"The weights' norm {norm:.3g} is above max-weights-norm {policy.max_weights_norm:g}.")
+
+
+def check_hours(moment: datetime, policy: SitePolicy) -> None:
+    """Check that a new round may begin now.
+
+    Raises:
+        PolicyError: Outside the hours of ``site.toml``.
+    """
+    if not policy.opening_hours.permit(moment):
+        raise PolicyError(f"New rounds train here only at {policy.hours} ({', '.join(policy.days)}).")

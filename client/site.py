@@ -1,22 +1,30 @@
-"""A hospital's folder and what it answers: policy, store, ledger and training joined.
+"""A hospital's folder and what it answers: policy, store, ledger, audit log and training joined.
 
 site.toml        the policy (client.config)
 store/           the prepared store (shared.records)
 ledger.sqlite    the privacy ledger (client.ledger)
+audit.jsonl      the audit log (client.audit)
 """
 
 import hashlib
 import secrets
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from flwr.app import RecordDict
 
-from client.config import SitePolicy
-from client.ledger import Ledger, ReleaseRequest
-from client.policy import check_budget, check_plan
+from client.audit import AuditLog, AuditSession
+from client.chain import Head
+from client.config import SitePolicy, is_name
+from client.ledger import Ledger, ReleaseRequest, Reservation
+from client.policy import check_budget, check_hours, check_plan, check_weights
 from client.training import Randomness, train_round
+from shared.accounting import Mechanism, epsilon_of
 from shared.dp.noise import KEY_BYTES
 from shared.errors import ErrorCode, PolicyError, ProtocolError
 from shared.messages import PlanQuery, SiteOffer, TrainReply, TrainRequest
@@ -24,9 +32,17 @@ from shared.plan import RunPlan
 from shared.records import RecordStore
 from shared.tasks.base import Task
 from shared.tasks.registry import find_task
-from shared.weights import unpack
 
-LEDGER = "ledger.sqlite"
+LEDGER, AUDIT, POLICY, STORE = "ledger.sqlite", "audit.jsonl", "site.toml", "store"
+_PARSERS: Mapping[str, Callable[[RecordDict], PlanQuery | TrainRequest]] = {
+    "query": PlanQuery.from_content,
+    "train": TrainRequest.from_content,
+}
+
+
+def open_books(folder: Path) -> None:
+    """Begin the ledger and the audit log of a new site; what is there is left as it is. Raises StorageError."""
+    AuditLog.create(folder / AUDIT, Ledger.create(folder / LEDGER))
 
 
 @dataclass(frozen=True)
@@ -37,15 +53,18 @@ class Site:
         folder: See the module.
         simulation_seed: Makes noise repeatable and so worthless as privacy. It is an argument, not a setting in
             the folder, so that no hospital's file can hold it.
+        server: Fingerprint of the server's certificate authority: two servers may both have a run of one name.
+            Empty in a simulation.
     """
 
     folder: Path
     simulation_seed: int | None = None
+    server: str = ""
 
     @cached_property
     def policy(self) -> SitePolicy:
         """The hospital's rules."""
-        return SitePolicy.read(self.folder / "site.toml")
+        return SitePolicy.read(self.folder / POLICY)
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -53,55 +72,120 @@ class Site:
         return Ledger(self.folder / LEDGER)
 
     @cached_property
+    def audit(self) -> AuditLog:
+        """The hospital's audit log."""
+        return AuditLog(self.folder / AUDIT, self.ledger)
+
+    @cached_property
     def store(self) -> RecordStore:
         """The hospital's prepared patients."""
-        return RecordStore.open(self.folder / "store")
+        return RecordStore.open(self.folder / STORE)
+
+    def answer(self, kind: str, content: RecordDict) -> SiteOffer | TrainReply:
+        """Answer a message of any type, or raise what the guard turns into a code.
+
+        Raises:
+            FederationError: For whatever reason nothing but a code leaves.
+        """
+        # The server's own word for the type is no more than that: the log holds none of it.
+        with self.audit.failures("refused", kind=kind if kind in _PARSERS else "unknown"):
+            if kind not in _PARSERS:
+                raise ProtocolError("The server sent a message of an unknown type.")
+            request = _PARSERS[kind](content)
+            if not is_name(request.run):
+                raise ProtocolError("The run's name has characters that no run's name may have.")
+        return self.answer_query(request) if isinstance(request, PlanQuery) else self.answer_train(request)
 
     def answer_query(self, query: PlanQuery) -> SiteOffer:
         """Accept a plan, or raise what the guard turns into a code. Nothing is spent."""
-        plan = query.plan
-        self._admit(plan)
-        if self.ledger.plan_of(query.run) not in (None, plan.digest):
-            raise ProtocolError("This run began here under another plan.", ErrorCode.PLAN_CHANGED)
-        earlier = self.ledger.mechanisms(except_run=query.run)
-        check_budget(earlier, plan.mechanism(plan.rounds), plan, self.policy)
+        plan, run = query.plan, self._run(query.run)
+        asked = {"kind": "query", "run": run, "plan": plan.digest}
+        with self.audit.decision(**asked) as log:
+            self._admit(plan)
+            if self.ledger.plan_of(run) not in (None, plan.digest):
+                raise ProtocolError("This run began here under another plan.", ErrorCode.PLAN_CHANGED)
+            earlier = self.ledger.mechanisms(except_run=run)
+            total = check_budget(earlier, plan.mechanism(plan.rounds), plan, self.policy)
+            log.note("accepted", **asked, policy=self.policy.digest, epsilon=_finite(total), delta=plan.delta)
         return SiteOffer(self.policy.name, self.policy.declared_patients, plan.digest)
 
     def answer_train(self, request: TrainRequest) -> TrainReply:
         """Train one round: reserve, train, commit, reply; a repeated request gets the stored reply."""
         plan = request.plan
-        task = self._admit(plan)
-        unpack(request.weights, task.build())  # refuse bad weights before anything is spent
+        asked = {
+            "kind": "train",
+            "run": self._run(request.run),
+            "round": request.round,
+            "plan": plan.digest,
+            "request": request.digest,
+        }
+        with self.audit.decision(**asked) as log:
+            task = self._admit(plan)
+            check_weights(request.weights, task, self.policy)
+            reservation = self._reserve(request, log, asked)
+        if reservation.reply is not None:
+            return TrainReply(request.round, plan.digest, np.frombuffer(reservation.reply, np.float32))
+        if reservation.key is None:
+            raise ProtocolError("This release is closed.", ErrorCode.REPLAY_MISMATCH)
+        with self.audit.failures("failed", **asked):
+            weights = train_round(
+                task,
+                task.load(self.store),
+                plan,
+                request.round,
+                request.weights,
+                declared_patients=self.policy.declared_patients,
+                randomness=self._randomness(reservation.key),
+            )
+            with self.audit.session() as log:
+                announce = self._announcement(log, asked, plan, None)
+                self.ledger.commit(reservation, weights.tobytes(), announce)
+        return TrainReply(request.round, plan.digest, weights)
+
+    def _reserve(self, request: TrainRequest, log: AuditSession, asked: Mapping[str, Any]) -> Reservation:
+        plan = request.plan
         release = ReleaseRequest(
-            run=request.run,
+            run=self._run(request.run),
             round=request.round,
             task=plan.task,
             store_digest=self.store.digest,
             plan_digest=plan.digest,
             digest=request.digest,
             mechanism=plan.mechanism(rounds=1),
+            delta=plan.delta,
         )
-        reservation = self.ledger.reserve(
-            release,
-            self._key(request),
-            lambda earlier: check_budget(earlier, release.mechanism, plan, self.policy),
+
+        def check(earlier: tuple[Mechanism, ...]) -> None:
+            """Only what is new is checked: a round that began within the hours may be repeated after them."""
+            check_hours(datetime.now(UTC), self.policy)
+            check_budget(earlier, release.mechanism, plan, self.policy)
+
+        return self.ledger.reserve(
+            release, self._key(request), check, self._announcement(log, asked, plan, release.mechanism)
         )
-        if reservation.reply is not None:
-            return TrainReply(request.round, plan.digest, np.frombuffer(reservation.reply, np.float32))
-        if reservation.key is None:
-            raise ProtocolError("This release is closed.", ErrorCode.REPLAY_MISMATCH)
-        patients = task.load(self.store)
-        weights = train_round(
-            task,
-            patients,
-            plan,
-            request.round,
-            request.weights,
-            declared_patients=self.policy.declared_patients,
-            randomness=self._randomness(reservation.key),
-        )
-        self.ledger.commit(reservation, weights.tobytes())
-        return TrainReply(request.round, plan.digest, weights)
+
+    def _announcement(
+        self, log: AuditSession, asked: Mapping[str, Any], plan: RunPlan, reserving: Mechanism | None
+    ) -> Callable[[str], Head]:
+        """Return how the audit log announces an act, with the epsilon after it."""
+        earlier = self.ledger.mechanisms()  # cannot change: whoever would add to it has to hold the log
+
+        def announce(act: str) -> Head:
+            details: dict[str, Any] = {"delta": plan.delta}
+            composed = earlier
+            if act == "reserved" and reserving:
+                composed = (*earlier, reserving)
+                details |= {
+                    "task": plan.task,
+                    "store": self.store.digest,
+                    "policy": self.policy.digest,
+                    "sample_rate": reserving.sample_rate,
+                    "noise_multiplier": reserving.noise_multiplier,
+                    "steps": reserving.steps,
+                }
+            return log.announce(act, **asked, **details, epsilon=_finite(epsilon_of(composed, plan.delta)))
+
+        return announce
 
     def _admit(self, plan: RunPlan) -> Task:
         check_plan(plan, self.policy)
@@ -109,6 +193,9 @@ class Site:
         if self.store.kind != task.store_kind:
             raise PolicyError(f"The prepared store holds {self.store.kind}, the task reads {task.store_kind}.")
         return task
+
+    def _run(self, name: str) -> str:
+        return f"{self.server}/{name}" if self.server else name
 
     def _key(self, request: TrainRequest) -> bytes:
         """A fresh secret; in a simulation, one that a second run with the same seed repeats."""
@@ -119,3 +206,8 @@ class Site:
 
     def _randomness(self, key: bytes) -> Randomness:
         return Randomness.secure(key) if self.simulation_seed is None else Randomness.simulated(key)
+
+
+def _finite(epsilon: float) -> float | None:
+    """JSON has no infinity: ``null`` stands for no promise at all."""
+    return epsilon if np.isfinite(epsilon) else None

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from client.config import SitePolicy
-from client.ledger import Ledger
-from client.site import LEDGER
+from client.site import open_books
 from shared.drafting import DELTA_SHARE
 from shared.errors import FederationError, IntakeError, StorageError
 from shared.files import write_atomic
@@ -119,7 +118,7 @@ def prepare_federation(
 
 
 def write_policies(federation: Federation, *, task: str, max_epsilon: float) -> None:
-    """Give each site its ``site.toml`` and its ledger; an infinite ``max_epsilon`` permits training without privacy."""
+    """Give each site its ``site.toml``, ledger and audit log; infinite ``max_epsilon`` permits zero noise."""
     for name, declared, folder in zip(federation.names, federation.declared_patients, federation.sites, strict=True):
         SitePolicy(
             name=name,
@@ -129,7 +128,7 @@ def write_policies(federation: Federation, *, task: str, max_epsilon: float) -> 
             max_delta=1.0 / declared,
             min_noise_multiplier=0.0 if np.isinf(max_epsilon) else 0.3,
         ).write(folder / "site.toml")
-        Ledger.create(folder / LEDGER)
+        open_books(folder)
 
 
 def coarse(patients: int) -> int:

@@ -82,14 +82,19 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(logits, labels.flatten(), reduction="none").view(labels.shape).mean(dim=1)
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, store: RecordStore) -> Evaluation:
     """Judge by nodule: the mean malignancy probability over a nodule's patches, centred and unaugmented."""
+    return judge_nodules(store, score_records(model, store))
+
+
+@torch.no_grad()
+def score_records(model: nn.Module, store: RecordStore) -> npt.NDArray[np.float32]:
+    """Return the malignancy probability ``(R,)`` of every record, centred and unaugmented."""
     inner = slice(MARGIN_PX, MARGIN_PX + PATCH_PX)
     device = next(model.parameters()).device
     images = torch.from_numpy(np.asarray(store.arrays["image"][:, inner, inner], np.float32))[:, None]
     scores = torch.cat([model(part.to(device)).softmax(1)[:, 1].cpu() for part in images.split(_EVALUATION_BATCH)])
-    return judge_nodules(store, scores.numpy())
+    return np.asarray(scores.numpy(), np.float32)
 
 
 def judge_nodules(store: RecordStore, record_scores: npt.NDArray[np.floating[Any]]) -> Evaluation:

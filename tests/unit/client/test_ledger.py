@@ -21,7 +21,7 @@ CAP_RELEASES = 4
 
 
 def request(round_number: int = 1, weights: str = "w", run: str = "r", plan: str = "p") -> ReleaseRequest:
-    return ReleaseRequest(run, round_number, "task", "store", plan, f"{run}/{round_number}/{weights}", MECHANISM)
+    return ReleaseRequest(run, round_number, "task", "store", plan, f"{run}/{round_number}/{weights}", MECHANISM, DELTA)
 
 
 def allow(_earlier: tuple[Mechanism, ...]) -> None:

@@ -12,8 +12,7 @@ from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 import client.site
 from client.app import SITE_FOLDER, app
 from client.config import SitePolicy
-from client.ledger import Ledger
-from client.site import LEDGER, Site
+from client.site import Site, open_books
 from shared.accounting import epsilon_of
 from shared.errors import BudgetExceeded, ErrorCode, PlanError, PolicyError, ProtocolError
 from shared.messages import PlanQuery, TrainReply, TrainRequest, error_code
@@ -46,7 +45,7 @@ POLICY = SitePolicy(
 def site(tmp_path: Path, make_nodule_store: Any) -> Site:
     make_nodule_store(tmp_path / "store")
     POLICY.write(tmp_path / "site.toml")
-    Ledger.create(tmp_path / LEDGER)
+    open_books(tmp_path)
     return Site(tmp_path)
 
 
@@ -108,7 +107,7 @@ def test_two_hospitals_never_share_noise(site: Site, tmp_path: Path, make_nodule
     """Same name, same data, same request: only the secret key differs."""
     make_nodule_store(tmp_path / "twin" / "store")
     POLICY.write(tmp_path / "twin" / "site.toml")
-    Ledger.create(tmp_path / "twin" / LEDGER)
+    open_books(tmp_path / "twin")
     first, second = site.answer_train(request()), Site(tmp_path / "twin").answer_train(request())
     assert abs(np.corrcoef(first.weights, second.weights)[0, 1]) < 0.05
 

@@ -1,0 +1,84 @@
+"""What a site's steward is shown: budget, releases, store, audit log, daemon. Plain JSON values; nothing is written."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import ProxyHandler, build_opener
+
+from client.audit_check import verify
+from client.site import STORE, Site
+from shared.errors import StorageError
+from shared.records import RecordStore
+from shared.telemetry import LOOPBACK
+
+HEALTH_PORT_FILE = "health-port"
+_HEALTH_S = 2.0
+
+
+def ledger_of(site: Site) -> dict[str, Any]:
+    """Return every release, what they compose to, and what is left of the budget."""
+    policy, releases = site.policy, site.ledger.releases()
+    deltas = sorted({policy.max_delta, *(release.delta for release in releases)})
+    spent = {delta: site.ledger.epsilon(delta) for delta in deltas}
+    used = spent[policy.max_delta]
+    return {
+        "site": policy.name,
+        "releases": [
+            {
+                **{key: value for key, value in asdict(release).items() if key != "mechanism"},
+                **asdict(release.mechanism),
+            }
+            for release in releases
+        ],
+        "max_delta": policy.max_delta,
+        "max_epsilon": _finite(policy.max_epsilon),
+        "epsilon": _finite(used),
+        "remaining": _finite(max(0.0, policy.max_epsilon - used)) if math.isfinite(used) else 0.0,
+        "epsilon_at_delta": [{"delta": delta, "epsilon": _finite(spent[delta])} for delta in deltas],
+    }
+
+
+def status_of(site: Site) -> dict[str, Any]:
+    """Return the state of the site at a glance."""
+    books, checked = ledger_of(site), verify(site.audit)
+    policy = {key.replace("_", "-"): value for key, value in asdict(site.policy).items()}
+    return {
+        "policy": policy | {"max-epsilon": _finite(site.policy.max_epsilon)},
+        "store": _store(site.folder / STORE),
+        "budget": {key: books[key] for key in ("epsilon", "max_epsilon", "remaining", "max_delta")}
+        | {"releases": len(books["releases"])},
+        "audit": {"ok": not checked.problems, "lines": checked.head.sequence, "head": checked.head.sha256},
+        "daemon": health_of(site.folder, site.policy.health_port),
+    }
+
+
+def health_of(folder: Path, configured: int) -> Mapping[str, Any]:
+    """Ask the daemon's health endpoint on loopback; ``{"answers": False}`` if nobody does."""
+    try:
+        port = configured or int((folder / HEALTH_PORT_FILE).read_text())
+        # Without this, a proxy in the environment would be asked.
+        with build_opener(ProxyHandler({})).open(f"http://{LOOPBACK}:{port}/healthz", timeout=_HEALTH_S) as answer:
+            facts = json.loads(answer.read(65_536))
+    except URLError as error:
+        return {"answers": hasattr(error, "code"), "ok": False}  # 503: it is there and says that it is not well
+    except (OSError, ValueError):
+        return {"answers": False, "ok": False}
+    return {"answers": True, **facts}
+
+
+def _store(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {"present": False}
+    try:
+        store = RecordStore.open(path)
+    except StorageError:
+        return {"present": True, "usable": False}
+    return {"present": True, "usable": True, "kind": store.kind, "patients": len(store), "digest": store.digest}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,105 @@
+"""Make a hospital's folder, and fill its store: what ``fedward-site init`` and ``fedward-site intake`` do."""
+
+import os
+import shutil
+from pathlib import Path
+
+from cryptography import x509
+
+from client.config import SitePolicy
+from client.intake.nodules import IntakeReport, Progress, prepare_nodules
+from client.intake.pseudonyms import load_or_create_secret
+from client.keys import make_key  # type: ignore[import-not-found, unused-ignore]
+from client.site import LEDGER, POLICY, STORE, Site, open_books
+from shared.errors import IntakeError, StorageError
+from shared.files import storage_errors, sync_directory, write_atomic
+from shared.records import RecordStore
+
+AUTHORITY, PSEUDONYMS = "ca.crt", "pseudonyms.key"
+
+
+def init_site(folder: Path, policy: SitePolicy, authority: Path) -> None:
+    """Make a site's folder: keys, policy, certificate, empty ledger and audit log. It appears whole or not at all.
+
+    Raises:
+        StorageError: If the folder exists or cannot be written, or ``authority`` holds no PEM certificate.
+        PolicyError: If the name does not fit a key.
+    """
+    if os.path.lexists(folder):
+        raise StorageError(f"{folder} exists. A site is made once: its ledger must not be lost. Name a new folder.")
+    certificate = _read_certificate(authority)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        with storage_errors(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir(mode=0o700)
+        policy.write(temporary / POLICY)
+        write_atomic(temporary / AUTHORITY, certificate)
+        load_or_create_secret(temporary / PSEUDONYMS)
+        make_key(temporary, policy.name, policy.declared_patients)
+        open_books(temporary)
+        (temporary / LEDGER).chmod(0o600)  # it holds the keys of open releases
+        Site(temporary).audit.note("configured", policy=policy.digest)
+        with storage_errors(folder):
+            sync_directory(temporary)
+            temporary.rename(folder)
+            sync_directory(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def find_annotations(annotations: Path, dicom_dir: Path) -> Path:
+    """Return the annotations where they are named, or else inside the export."""
+    inside = dicom_dir / annotations
+    return inside if not annotations.exists() and inside.exists() else annotations
+
+
+def fill_store(
+    site: Site, dicom_dir: Path, annotations: Path, *, workers: int = 1, on_progress: Progress | None = None
+) -> tuple[IntakeReport, bool]:
+    """Prepare an export as the site's store; say whether an older store was replaced.
+
+    The old store serves until the new one is complete, and the audit log names the new one before it serves.
+
+    Raises:
+        IntakeError: If the export cannot be read, or nothing usable is left of it.
+        StorageError: If the folder cannot be written.
+    """
+    if not (site.folder / POLICY).exists():
+        raise StorageError(f"There is no site at {site.folder}. Make one with fedward-site init.")
+    secret_file = site.folder / PSEUDONYMS
+    if not secret_file.exists():
+        raise StorageError(
+            f"The secret {secret_file} is missing. Restore it: with another, every patient is a new one."
+        )
+    if dicom_dir.resolve() in (site.folder.resolve(), *site.folder.resolve().parents):
+        raise IntakeError("The export must not hold the site's own folder. Name the folder with the DICOM files only.")
+    new, store, old = (site.folder / name for name in (".store.new", STORE, ".store.old"))
+    with storage_errors(store):
+        for left_over in (new, *site.folder.glob(".store.new.*.tmp"), *site.folder.glob("..store.new.*.tmp")):
+            shutil.rmtree(left_over, ignore_errors=True)
+        if old.exists() and not store.exists():  # died between the two renames below
+            old.rename(store)
+        shutil.rmtree(old, ignore_errors=True)
+    annotated = find_annotations(annotations, dicom_dir)
+    secret = load_or_create_secret(secret_file)
+    report = prepare_nodules(dicom_dir, annotated, new, secret, on_progress=on_progress, workers=workers)
+    site.audit.note("prepared", store=RecordStore.open(new).digest)
+    replaced = store.exists()
+    with storage_errors(store):
+        if replaced:
+            store.rename(old)
+        new.rename(store)
+        sync_directory(site.folder)
+        shutil.rmtree(old, ignore_errors=True)
+    return report, replaced
+
+
+def _read_certificate(path: Path) -> bytes:
+    with storage_errors(path):
+        content = path.read_bytes()
+    try:
+        x509.load_pem_x509_certificate(content)
+    except ValueError as error:
+        raise StorageError(f"{path} is no PEM certificate. Ask the server's operator for ca.crt.") from error
+    return content

@@ -1,0 +1,252 @@
+"""The steward's command: from init to predictions, and one sentence where something is wrong."""
+
+import csv
+import json
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from prometheus_client import CollectorRegistry
+
+pytest.importorskip("client.keys")
+
+from client import cli, setup
+from client.overview import HEALTH_PORT_FILE, health_of
+from client.predict import load_model
+from client.site import Site
+from server.checkpoints import save_checkpoint
+from shared.errors import StorageError
+from shared.messages import TrainRequest
+from shared.plan import RunPlan
+from shared.tasks.registry import find_task
+from shared.telemetry import Health, serve
+from shared.weights import pack
+
+PLAN = RunPlan(
+    task="nodule-classification",
+    rounds=2,
+    local_steps=1,
+    sample_rate=0.5,
+    records_per_patient=1,
+    max_grad_norm=1.0,
+    noise_multiplier=2.0,
+    delta=4e-4,
+    learning_rate=0.5,
+)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["fedward-site", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Path:
+    key = ec.generate_private_key(ec.SECP384R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
+        .not_valid_before(now).not_valid_after(now + timedelta(days=1)).sign(key, hashes.SHA384())
+    )  # fmt: skip
+    path = tmp_path / "given-ca.crt"
+    path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    return path
+
+
+@pytest.fixture
+def site(tmp_path: Path, authority: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "H1"
+    assert call(monkeypatch, "init", folder, "--name", "h1", "--server", "localhost:9092", "--ca", authority) == 0
+    return folder
+
+
+@pytest.fixture
+def dicom(export: Any) -> Path:
+    for number in range(3):
+        export.annotate(export.cube(patient=f"P-{number}", value=-400 + 100 * number), malignancy=1 + 2 * (number % 2))
+    export.annotations.rename(export.dicom / "annotations.csv")
+    return export.dicom
+
+
+def test_init_makes_everything_a_site_needs_for_its_owner_only(site: Path, authority: Path) -> None:
+    names = {path.name for path in site.iterdir()}
+    assert names == {"site.toml", "site.key", "site.pub", "ca.crt", "pseudonyms.key", "ledger.sqlite", "audit.jsonl"}
+    assert site.stat().st_mode & 0o777 == 0o700
+    for secret in ("site.key", "pseudonyms.key", "ledger.sqlite", "audit.jsonl"):
+        assert (site / secret).stat().st_mode & 0o777 == 0o600
+    assert (site / "ca.crt").read_bytes() == authority.read_bytes()
+    policy = Site(site).policy
+    assert (policy.declared_patients, policy.max_epsilon, policy.server) == (200, 8.0, "localhost:9092")
+    assert "nodule-classification" in policy.tasks
+    assert [path.name for path in site.parent.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--name", "h1", "--server", "nowhere"], "host:port"),
+        (["--name", "h1", "--server", ""], "--server"),
+        (["--name", "h 1", "--server", "a:1"], "name must be"),
+        (["--name", "h1", "--server", "a:1", "--ca", "missing.crt"], "missing.crt"),
+        (["--name", "h1", "--server", "a:1", "--ca", __file__], "no PEM certificate"),
+    ],
+)
+def test_a_refused_init_leaves_nothing(
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    authority: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    assert call(monkeypatch, "init", tmp_path / "H", "--ca", authority, *arguments) == 1
+    error = capfd.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_half_made_site_does_not_appear(
+    tmp_path: Path, authority: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(_folder: Path) -> None:
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr(setup, "open_books", full)
+    before = sorted(tmp_path.iterdir())
+    assert call(monkeypatch, "init", tmp_path / "H", "--name", "h", "--server", "a:1", "--ca", authority) == 1
+    assert "the disk is full" in capfd.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_second_init_keeps_the_first(
+    site: Path, authority: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.read_bytes() for path in site.iterdir()}
+    assert call(monkeypatch, "init", site, "--name", "h1", "--server", "a:1", "--ca", authority) == 1
+    assert "exists" in capfd.readouterr().err
+    assert {path.name: path.read_bytes() for path in site.iterdir()} == before
+
+
+@pytest.mark.parametrize("command", [["status"], ["ledger"], ["audit", "verify"], ["audit", "show"], ["start"]])
+def test_where_there_is_no_site_one_sentence(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("client.daemon")
+    assert call(monkeypatch, *command, tmp_path / "nowhere") == 1
+    error = capfd.readouterr().err
+    assert error.startswith("fedward-site: There is no site at")
+    assert "Traceback" not in error
+
+
+def test_from_intake_to_a_verified_ledger(
+    site: Path, dicom: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (dicom / "noise.txt").write_text("no DICOM")
+    arguments = ("intake", site, dicom, "--annotations", "annotations.csv", "--workers", 1)
+    assert call(monkeypatch, *arguments) == 0
+    out = capfd.readouterr()
+    assert "patients" in out.out
+    assert "not-dicom" in out.out
+    assert "replaced" not in out.err
+    opened = Site(site, server="a" * 16)
+    weights = np.zeros_like(pack(find_task(PLAN.task).build()))
+    opened.answer_train(TrainRequest("run", 1, PLAN, weights))
+    assert call(monkeypatch, *arguments) == 0
+    assert "The store was replaced" in capfd.readouterr().err
+
+    assert call(monkeypatch, "ledger", site, "--json") == 0
+    books = json.loads(capfd.readouterr().out)
+    assert [(row["run"], row["round"]) for row in books["releases"]] == [(f"{'a' * 16}/run", 1)]
+    assert books["epsilon"] == pytest.approx(opened.ledger.epsilon(opened.policy.max_delta))
+    assert books["remaining"] == pytest.approx(8.0 - books["epsilon"])
+    assert {point["delta"] for point in books["epsilon_at_delta"]} == {PLAN.delta, opened.policy.max_delta}
+    assert call(monkeypatch, "ledger", site) == 0
+    assert "max-epsilon 8 left" in capfd.readouterr().out
+
+    assert call(monkeypatch, "status", site, "--json") == 0
+    status = json.loads(capfd.readouterr().out)
+    assert (status["store"]["present"], status["audit"]["ok"], status["daemon"]["answers"]) == (True, True, False)
+
+    assert call(monkeypatch, "audit", "show", site, "--last", 2) == 0
+    shown = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [line["event"] for line in shown] == ["released", "prepared"]
+    assert call(monkeypatch, "audit", "verify", site) == 0
+    assert "agree with the ledger" in capfd.readouterr().out
+    path = site / "audit.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"round":1', b'"round":2', 1))
+    assert call(monkeypatch, "audit", "verify", site, "--json") == 1
+    assert "was changed" in json.loads(capfd.readouterr().out)["problems"][0]
+
+
+def test_a_failed_intake_keeps_the_old_store(
+    site: Path, dicom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--annotations", "annotations.csv", "--workers", 1)
+    assert call(monkeypatch, "intake", site, dicom, *arguments) == 0
+    before = Site(site).store.digest
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "annotations.csv").write_bytes((dicom / "annotations.csv").read_bytes())
+    assert call(monkeypatch, "intake", site, tmp_path / "empty", *arguments) == 1
+    assert "Nothing usable" in capfd.readouterr().err
+    assert Site(site).store.digest == before
+    (site / "store").rename(site / ".store.old")  # died between the two renames
+    assert call(monkeypatch, "intake", site, tmp_path / "empty", *arguments) == 1
+    assert Site(site).store.digest == before
+    (site / "pseudonyms.key").unlink()
+    assert call(monkeypatch, "intake", site, dicom, *arguments) == 1
+    assert not (site / "pseudonyms.key").exists()
+
+
+def test_predictions_are_the_models_and_stay_with_their_patients(
+    site: Path, dicom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(5)
+    model = find_task(PLAN.task).build()
+    saved = save_checkpoint(tmp_path / "c", model, run="r", number=1, task=PLAN.task, plan_digest="p")
+    assert call(monkeypatch, "intake", site, dicom, "--annotations", "annotations.csv", "--workers", 1) == 0
+    out = tmp_path / "predictions.csv"
+    before = sorted(tmp_path.iterdir())
+    assert call(monkeypatch, "predict", saved.path, dicom, "--out", out, "--site", site, "--workers", 1) == 0
+    assert sorted(tmp_path.iterdir()) == sorted([*before, out])
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert len(rows) == 3  # the undecided nodule too: nobody's judgement is needed to score it
+    trained = {key.tobytes().hex() for key in Site(site).store.keys}
+    assert trained < {row["patient"] for row in rows}
+    store = Site(site).store
+    images = torch.from_numpy(np.asarray(store.arrays["image"][:, 4:-4, 4:-4], np.float32))[:, None]
+    with torch.no_grad():
+        expected = load_model(saved.path)(images).softmax(1)[:, 1].view(-1, 3).mean(1)
+    by_patient = {row["patient"]: float(row["probability"]) for row in rows}
+    told = [by_patient[key.tobytes().hex()] for key in store.keys]
+    np.testing.assert_allclose(told, expected.numpy(), atol=1e-5)
+
+    saved.path.write_bytes(saved.path.read_bytes()[:-1] + b"\x01")
+    assert call(monkeypatch, "predict", saved.path, dicom, "--out", out) == 1
+    assert "was changed after it was written" in capfd.readouterr().err
+
+
+def test_the_health_of_a_daemon_is_asked_on_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # must not be asked
+    state = {"ok": True}
+    with serve(CollectorRegistry(), lambda: Health(state["ok"], {"connected": True}), 0) as port:
+        assert health_of(tmp_path, 0) == {"answers": False, "ok": False}
+        (tmp_path / HEALTH_PORT_FILE).write_text(f"{port}\n")
+        assert health_of(tmp_path, 0) == {"answers": True, "ok": True, "connected": True}
+        state["ok"] = False
+        assert health_of(tmp_path, port) == {"answers": True, "ok": False}
+    assert health_of(tmp_path, port) == {"answers": False, "ok": False}
