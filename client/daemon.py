@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -34,6 +35,7 @@ TEST_SEED, NODE_FILE, LOCK_FILE = "FEDWARD_TEST_SEED", "node-id", "daemon.lock"
 _KINDS = ("query", "train", "evaluate")
 _LEAST_POLL_S, _MOST_POLL_S = 0.05, 2.0
 _GRACE_S = 0.5
+_ENDING = (signal.SIGTERM, signal.SIGINT)
 
 _LOG = logging.getLogger(__name__)
 
@@ -82,15 +84,16 @@ def run_daemon(
         )
         config, status, stop = node_config(folder), Status(site), Event()
         daemon = _Daemon(folder, endpoint, config, app or _hospital_app(), status, backoff or Backoff(), stop)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop.set())
+        signals = stack.enter_context(_signals())
         if connection.health_port >= 0:
             port = stack.enter_context(serve(status.registry, status.health, connection.health_port))
             _LOG.info("health", extra={"port": port})
         _LOG.info("started", extra={"pid": os.getpid(), "server": connection.server, "site": site})
         worker = Thread(target=daemon.run, name="worker", daemon=True)
         worker.start()
-        stop.wait()
+        while signals.recv(1)[0] not in _ENDING:
+            continue
+        stop.set()
         _LOG.info("stopping", extra={"pid": os.getpid()})
         worker.join(_GRACE_S)
         if worker.is_alive():
@@ -245,6 +248,23 @@ def _only_daemon(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise StorageError(f"Another daemon serves {folder}; stop it first.") from error
         yield
+
+
+@contextmanager
+def _signals() -> Iterator[socket.socket]:
+    """Yield a socket from which each signal is read as a byte.
+
+    A handler that sets an ``Event`` on which the same thread waits can find the event's lock held by that very
+    thread; a signal that comes just before the wait does not end it. A byte on a socket is neither lost nor locked.
+    """
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        writer.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        for number in _ENDING:
+            signal.signal(number, lambda *_: None)
+        yield reader
+        signal.set_wakeup_fd(-1)
 
 
 def _hospital_app() -> App:
