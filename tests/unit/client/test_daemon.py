@@ -1,0 +1,143 @@
+import datetime
+import fcntl
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app.message import make_message
+from flwr.app.metadata import Metadata
+from hypothesis import given
+from hypothesis import strategies as st
+
+from client.app import SIMULATION_SEED, SITE_FOLDER
+from client.app import app as hospital_app
+from client.channel import Backoff, LinkFault
+from client.daemon import Connection, answer, node_config, poll_pause_s, run_daemon
+from client.keys import make_key
+from client.status import Status
+from shared.errors import PolicyError, StorageError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_key(tmp_path, "h1", 10)
+    key, name = ec.generate_private_key(ec.SECP384R1()), x509.Name([])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    builder = builder.serial_number(1).not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
+    certificate = builder.sign(key, hashes.SHA256())
+    (tmp_path / "ca.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    return tmp_path
+
+
+def message(kind="train", identifier="m1") -> Message:
+    metadata = Metadata(5, identifier, 1, 9, "", "", 0.0, 3600.0, kind, 1, None)
+    return make_message(metadata, RecordDict({"config": ConfigRecord({})}))
+
+
+def context(folder) -> Context:
+    return Context(run_id=5, node_id=9, node_config={SITE_FOLDER: str(folder)}, state=RecordDict(), run_config={})
+
+
+def failing(error):
+    def app(_message, _context):
+        raise error
+
+    return app
+
+
+@pytest.mark.parametrize("kind", ["train.more", "query.patients", "system", "reconnect"])
+def test_a_message_of_an_unknown_kind_does_not_reach_the_app(tmp_path, kind):
+    reply = answer(failing(AssertionError("it did")), message(kind), context(tmp_path))
+    assert reply.error.reason == "bad-message"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Doe^Jane"), MemoryError(), SystemExit(3), RecursionError()])
+def test_a_failure_leaves_as_a_bare_code(tmp_path, error):
+    reply = answer(failing(error), message(), context(tmp_path))
+    assert (reply.error.code, reply.error.reason) == (1000, "internal")
+
+
+def test_an_error_of_the_apps_own_loses_its_text(tmp_path):
+    def app(request, _context):
+        return Message(Error(0, "Doe^Jane"), reply_to=request)
+
+    assert answer(app, message(), context(tmp_path)).error.reason == "internal"
+
+
+def test_an_answer_to_another_message_does_not_leave(tmp_path):
+    def app(_request, _context):
+        return Message(RecordDict(), reply_to=message(identifier="m2"))
+
+    assert answer(app, message(), context(tmp_path)).error.reason == "internal"
+
+
+def test_the_hospitals_own_app_answers_nonsense_with_a_code(tmp_path):
+    for kind in ("train", "query", "evaluate"):
+        assert answer(hospital_app, message(kind), context(tmp_path)).error.reason == "bad-message"
+
+
+def test_the_seed_of_a_test_reaches_the_app_in_a_test_only(folder, monkeypatch):
+    assert SIMULATION_SEED not in node_config(folder)
+    monkeypatch.setenv("FEDWARD_TEST_SEED", "7")
+    assert node_config(folder)[SIMULATION_SEED] == 7
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")
+    with pytest.raises(PolicyError, match="FEDWARD_TEST_SEED"):
+        run_daemon(folder, Connection(server="127.0.0.1:1"))
+
+
+def test_two_daemons_do_not_share_a_folder(folder):
+    with (folder / "daemon.lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(StorageError, match="Another daemon"):
+            run_daemon(folder, Connection(server="127.0.0.1:1"))
+
+
+def test_a_daemon_without_a_certificate_does_not_start(folder):
+    (folder / "ca.crt").unlink()
+    with pytest.raises(StorageError, match=r"ca\.crt"):
+        run_daemon(folder, Connection(server="127.0.0.1:1"))
+
+
+@given(st.integers(1, 10_000))
+def test_pauses_double_up_to_the_cap_and_are_spread(attempt):
+    whole = min(60.0, 2.0 ** min(attempt - 1, 30))
+    delays = {Backoff().delay_s(attempt) for _ in range(5)}
+    assert all(whole / 2 <= delay <= whole for delay in delays)
+    assert len(delays) > 1
+
+
+@given(st.floats(0, 1e6), st.floats(0, 1e3))
+def test_polling_slows_with_idleness_and_with_a_slow_server(idle_s, call_s):
+    pause_s = poll_pause_s(idle_s, call_s)
+    assert 0.05 <= pause_s <= 2.0
+    assert pause_s >= min(2.0, 10 * call_s)
+    assert pause_s <= max(0.05, idle_s / 20, 10 * call_s)
+
+
+def test_health_follows_the_connection():
+    status = Status("h1")
+    assert not status.health().ok
+    status.contact()
+    assert status.health().ok
+    status.fault(LinkFault.CLOCK, 1, 1.0)
+    assert not status.health().ok
+    assert status.health().facts["fault"] == "clock-wrong"
+    status.contact()
+    status.contact()
+    assert status.health().facts["fault"] is None
+    assert status.registry.get_sample_value("fedward_site_reconnects_total") == 1.0
+
+
+def test_metrics_count_kinds_and_outcomes_and_nothing_else():
+    status = Status("h1")
+    status.answered("train", "answered", 3)
+    status.answered("other", "bad-message", None)
+    count = "fedward_site_messages_total"
+    assert status.registry.get_sample_value(count, {"kind": "train", "outcome": "answered"}) == 1.0
+    assert status.registry.get_sample_value(count, {"kind": "other", "outcome": "bad-message"}) == 1.0
+    assert status.registry.get_sample_value("fedward_site_round") == 3.0
+    names = {metric.name.removeprefix("fedward_site_") for metric in status.registry.collect()}
+    assert names == {"connected", "last_contact_timestamp_seconds", "messages", "reconnects", "round"}
