@@ -3,6 +3,11 @@
 Privacy: see :mod:`shared.dp.step` for one step. Patients join each step independently with the plan's
 ``sample_rate`` (Poisson), the normaliser is ``sample_rate × declared_patients``, a public constant, and the
 number of steps is the plan's: nothing but the noised sums depends on who is in the store.
+
+FedProx (Li et al., "Federated Optimization in Heterogeneous Networks", 2020) adds mu/2 · ‖w - w_global‖² to what a
+site minimises. Its gradient mu · (w - w_global) depends on the global weights, which are public, and on the current
+ones, which are made of earlier noised sums: it is post-processing. So it is added after clipping and noise, just
+before the optimizer's update, and costs no privacy; inside the clipped gradient it would only use up the bound.
 """
 
 import hashlib
@@ -17,7 +22,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from shared.dp.noise import KeyStream, NoiseSource, SecureNoise, SeededNoise
 from shared.dp.step import OrdinaryStep, PrivateStep, padded_parts
-from shared.plan import RunPlan
+from shared.plan import FEDPROX, RunPlan
 from shared.tasks.base import Batch, PatientDataset, Task
 from shared.tasks.sampling import poisson_sample
 from shared.weights import Vector, pack, unpack
@@ -80,6 +85,8 @@ def train_round(
     unpack(weights, model)
     model.train()
     optimizer = make_optimizer(model, plan, round_number)
+    if plan.strategy == FEDPROX:
+        pull_back(optimizer, plan.proximal_mu)
 
     def draw(chosen: Tensor) -> Batch:
         return patients.draw(chosen, plan.records_per_patient, randomness.augmentation).to(device)
@@ -114,6 +121,21 @@ def make_optimizer(model: nn.Module, plan: RunPlan, round_number: int) -> Optimi
     if plan.optimizer == "adam":
         return Adam(model.parameters(), lr=rate)
     return SGD(model.parameters(), lr=rate, momentum=plan.momentum)
+
+
+def pull_back(optimizer: Optimizer, proximal_mu: float) -> None:
+    """Let every update of ``optimizer`` also follow FedProx's pull to where its parameters are now."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    anchors = [parameter.detach().clone() for parameter in parameters]
+
+    def pull(*_arguments: object) -> None:
+        with torch.no_grad():
+            for parameter, anchor in zip(parameters, anchors, strict=True):
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter - anchor, alpha=proximal_mu)
+
+    # Runs between the noise, which the wrapping optimizer adds, and the update itself.
+    optimizer.register_step_pre_hook(pull)
 
 
 def preferred_device() -> str:

@@ -33,7 +33,8 @@ CREATE TABLE IF NOT EXISTS notes (
     run TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (run, name)
 ) STRICT;
 """
-OK, LATE = "ok", "late"
+OK, LATE, VANISHED, ASKED = "ok", "late", "vanished", "asked"
+"""What came of a site in a round: a usable reply, none in time, none since its connection went, none yet."""
 NOTHING_SPENT = frozenset(
     {ErrorCode.BAD_PLAN, ErrorCode.UNKNOWN_TASK, ErrorCode.POLICY_REFUSED, ErrorCode.BUDGET_EXCEEDED}
 )
@@ -55,7 +56,8 @@ class RoundRow:
     """One attempt at an aggregation; round 0 is the start.
 
     Attributes:
-        replies: What came of each site that was asked: ``ok``, ``late`` or an error code.
+        replies: What came of each site that was asked: ``ok``, ``late``, ``vanished``, ``asked`` while the round is
+            open, an error code of the site's, or why its reply was dropped (:mod:`server.replies`).
         aggregated: Whether there was a quorum, and so a new global model.
     """
 
@@ -134,6 +136,15 @@ class Registry:
             database.executemany(
                 "INSERT INTO replies (run, round, site, outcome) VALUES (?, ?, ?, ?)",
                 [(run, row.round, site, outcome) for site, outcome in row.replies.items()],
+            )
+
+    def replies(self, run: str, number: int) -> dict[str, str]:
+        """Return what is recorded so far of each site that was asked in a round."""
+        with self._transaction() as database:
+            return dict(
+                database.execute(
+                    "SELECT site, outcome FROM replies WHERE run = ? AND round = ?", (run, number)
+                ).fetchall()
             )
 
     def add_note(self, run: str, name: str, value: Any) -> None:

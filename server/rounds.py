@@ -1,37 +1,53 @@
 """The server's round loop over Flower's ``Grid`` and ``Strategy``: ask, train, aggregate, judge, save, repeat.
 
 Crash safety: a round is registered first and checkpointed second, so after a crash the run goes on from the
-last checkpoint, asks the sites for the unfinished round again, and gets their stored replies.
+last checkpoint, asks the sites for the unfinished round again, and gets their stored replies. A round that loses its
+quorum is asked for again in the same way.
+
+:mod:`server.cohort` says who is asked, :mod:`server.exchange` how, :mod:`server.replies` what is accepted, and
+:mod:`server.strategies` what is made of it.
 """
 
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
-from server.checkpoints import latest_checkpoint, load_weights, save_checkpoint
-from server.registry import COMPLETED, FAILED, LATE, OK, Registry, RoundRow, SiteRow
-from server.strategies import make_strategy
-from shared.errors import ErrorCode, FederationError, ProtocolError, StorageError
-from shared.messages import PlanQuery, SiteOffer, TrainReply, TrainRequest, error_code, global_weights
+from server.checkpoints import Checkpoint, latest_checkpoint, load_strategy, load_weights, save_checkpoint
+from server.cohort import Cohort, Member
+from server.exchange import SIMULATED, Question, Timing, exchange
+from server.registry import (
+    ASKED,
+    COMPLETED,
+    FAILED,
+    LATE,
+    NOTHING_SPENT,
+    OK,
+    VANISHED,
+    Registry,
+    RoundRow,
+)
+from server.replies import check_reply, largest_update
+from server.strategies import Replies, collect, make_strategy, moments, restore_moments
+from shared.errors import ErrorCode, FederationError, PlanError, ProtocolError, StorageError
+from shared.messages import TrainRequest
 from shared.plan import RunPlan
 from shared.records import RecordStore
 from shared.tasks.base import Evaluation, Task
 from shared.tasks.registry import find_task
-from shared.weights import Vector, pack, unpack
+from shared.weights import pack, unpack
 
 _LOG = logging.getLogger(__name__)
-_POLL_S = 0.02
-_T = TypeVar("_T")
+_MAY_RECOVER = frozenset({OK, LATE, VANISHED, ErrorCode.STORAGE_FAILED, ErrorCode.INTERNAL})
+"""Outcomes after which it makes sense to ask the same site for the same round again."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +60,13 @@ class Job:
         folder: Where registry and checkpoints lie.
         heldout: The server's reference patients, if it has any.
         start: A public checkpoint to start from, if the plan names one.
+        members: Who is enrolled, by node; ``None`` in a simulation, where everybody may take part.
+        max_share: No site's share of an average passes it, or an equal share if that is more; in (0, 1].
+        max_update_norm: Cap on the L2 norm of a site's update; ``None`` takes what the plan implies.
+        timing: How patient the server is; by default as suits a federation, or a simulation.
+
+    Raises:
+        PlanError: If a limit is impossible.
     """
 
     run: str
@@ -51,6 +74,16 @@ class Job:
     folder: Path
     heldout: RecordStore | None
     start: Path | None = None
+    members: Mapping[int, Member] | None = None
+    max_share: float = 1.0
+    max_update_norm: float | None = None
+    timing: Timing | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.max_share <= 1.0:
+            raise PlanError(f"max_share must lie in (0, 1], not {self.max_share:g}.")
+        if self.max_update_norm is not None and not self.max_update_norm > 0.0:
+            raise PlanError(f"max_update_norm must be positive, not {self.max_update_norm:g}.")
 
 
 @dataclass
@@ -73,6 +106,28 @@ class Progress:
         return self.round >= plan.rounds or stalled
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same from round to round."""
+
+    grid: Grid
+    job: Job
+    registry: Registry
+    task: Task
+    strategy: Strategy
+    cohort: Cohort
+    timing: Timing
+
+    def register(self, row: RoundRow) -> None:
+        """Record a round; a site that was asked in an earlier attempt only still counts as having spent."""
+        spent = {
+            site: VANISHED
+            for site, outcome in self.registry.replies(self.job.run, row.round).items()
+            if outcome not in NOTHING_SPENT and site not in row.replies
+        }
+        self.registry.add_round(self.job.run, replace(row, replies={**row.replies, **spent}))
+
+
 def run_federation(grid: Grid, job: Job) -> None:
     """Carry a run from its last checkpoint, or its start, to its end.
 
@@ -82,89 +137,45 @@ def run_federation(grid: Grid, job: Job) -> None:
     registry = Registry(job.folder / "registry.sqlite")
     registry.begin(job.run, job.plan)
     try:
-        task = find_task(job.plan.task)
-        progress = _restore(job, task, registry)
-        cohort = enlist(grid, job, registry)
-        strategy = make_strategy()
+        task, strategy = find_task(job.plan.task), make_strategy(job.plan)
+        timing = job.timing or (SIMULATED if job.members is None else Timing())
+        cohort = Cohort(grid, registry, job.run, job.plan, job.members, timing)
+        run = _Run(grid, job, registry, task, strategy, cohort, timing)
+        progress = _restore(run)
         while not progress.finished(job.plan):
-            _advance(grid, job, registry, task, strategy, cohort, progress)
+            _advance(run, progress)
         registry.end(job.run, COMPLETED)
     except FederationError as error:
         registry.end(job.run, FAILED, error.code.value)
         raise
 
 
-def enlist(grid: Grid, job: Job, registry: Registry) -> dict[int, SiteOffer]:
-    """Ask every node whether it takes part; return the offers of those that do, by node.
-
-    Raises:
-        FederationError: ``quorum-lost`` if fewer than ``min_sites`` accept.
-    """
-    content = PlanQuery(job.run, job.plan).to_content()
-    replies = exchange(grid, dict.fromkeys(grid.get_node_ids(), content), MessageType.QUERY, "0", job.plan.deadline_s)
-    offers: dict[int, SiteOffer] = {}
-    refusals: list[str] = []
-    for node, reply in sorted(replies.items()):
-        offer = _checked(reply, lambda content: _offer(content, job.plan))
-        if isinstance(offer, SiteOffer):
-            offers[node] = offer
-            registry.add_site(job.run, SiteRow(offer.site, offer.declared_patients, None))
-        else:
-            refusals.append(offer.value)
-            registry.add_site(job.run, SiteRow(f"node-{node}", None, offer.value))
-    if len(offers) < job.plan.min_sites:
-        said = f" The others said: {', '.join(sorted(set(refusals)))}." if refusals else ""
-        raise FederationError(
-            f"{len(offers)} of the {job.plan.min_sites} sites that the plan requires take part.{said}",
-            ErrorCode.QUORUM_LOST,
-        )
-    return offers
-
-
-def exchange(
-    grid: Grid, contents: Mapping[int, RecordDict], kind: str, group: str, deadline_s: float
-) -> dict[int, Message]:
-    """Send one message to each node and return the replies, by node, that come before the deadline.
-
-    A reply is known by the message it answers: the sender's number in a failed reply is not to be trusted.
-    """
-    messages = [
-        Message(content, dst_node_id=node, message_type=kind, group_id=group, ttl=deadline_s)
-        for node, content in contents.items()
-    ]
-    waiting = dict(zip(grid.push_messages(messages), contents, strict=True))
-    replies: dict[int, Message] = {}
-    end = time.monotonic() + deadline_s
-    while waiting and time.monotonic() < end:
-        arrived = list(grid.pull_messages(list(waiting)))
-        for reply in arrived:
-            node = waiting.pop(reply.metadata.reply_to_message_id, None)
-            if node is not None:
-                replies[node] = reply
-        if not arrived:
-            time.sleep(_POLL_S)
-    return replies
-
-
-def _restore(job: Job, task: Task, registry: Registry) -> Progress:
+def _restore(run: _Run) -> Progress:
     """Begin anew and save round 0, or take up the last checkpoint with the registered history."""
-    model = initial_model(task, job.plan, job.start)
+    job = run.job
+    model = initial_model(run.task, job.plan, job.start)
     checkpoint = latest_checkpoint(job.folder / "checkpoints")
     progress = Progress(model)
     if checkpoint is None:
-        _record(job, registry, task, progress, RoundRow(0, 0.0, _judge(task, model, job), {}))
+        _record(run, progress, RoundRow(0, 0.0, _judge(run.task, model, job), {}))
         return progress
     if (checkpoint.run, checkpoint.plan_digest) != (job.run, job.plan.digest):
         raise ProtocolError("The checkpoints here belong to another run or plan.", ErrorCode.PLAN_CHANGED)
-    load_weights(checkpoint.path, model, checkpoint.sha256)
+    _load(checkpoint, model, run.strategy)
     progress.round = checkpoint.round
-    rows = registry.read(job.run).rounds
+    rows = run.registry.read(job.run).rounds
     if checkpoint.round not in {row.round for row in rows}:
         raise StorageError("The run registry does not know the last checkpoint's round: it was lost or replaced.")
     for row in rows:
         if row.round <= checkpoint.round and row.evaluation:
-            progress.note(row.round, row.evaluation.value(task.metric))
+            progress.note(row.round, row.evaluation.value(run.task.metric))
     return progress
+
+
+def _load(checkpoint: Checkpoint, model: nn.Module, strategy: Strategy) -> None:
+    load_weights(checkpoint.path, model, checkpoint.sha256)
+    if checkpoint.round:
+        restore_moments(strategy, load_strategy(checkpoint))
 
 
 def initial_model(task: Task, plan: RunPlan, start: Path | None) -> nn.Module:
@@ -182,75 +193,75 @@ def initial_model(task: Task, plan: RunPlan, start: Path | None) -> nn.Module:
     return model
 
 
-def _advance(
-    grid: Grid,
-    job: Job,
-    registry: Registry,
-    task: Task,
-    strategy: Strategy,
-    cohort: Mapping[int, SiteOffer],
-    progress: Progress,
-) -> None:
-    """Run one round and record it."""
+def _advance(run: _Run, progress: Progress) -> None:
+    """Run one round and record it; a lost quorum is tried again as often as ``Timing.attempts`` says."""
     number, started = progress.round + 1, time.monotonic()
-    request = TrainRequest(job.run, number, job.plan, pack(progress.model))
-    messages = exchange(
-        grid, dict.fromkeys(cohort, request.to_content()), MessageType.TRAIN, str(number), job.plan.deadline_s
-    )
-    accepted, outcomes = _sift(messages, cohort, request)
-    if len(accepted) < job.plan.min_sites:
-        seconds = time.monotonic() - started
-        registry.add_round(job.run, RoundRow(number, seconds, None, outcomes, aggregated=False))
-        raise FederationError(
-            f"Round {number} got {len(accepted)} usable replies of the {job.plan.min_sites} required: {outcomes}.",
-            ErrorCode.QUORUM_LOST,
-        )
-    unpack(_aggregate(strategy, number, accepted), progress.model)
+    request = TrainRequest(run.job.run, number, run.job.plan, pack(progress.model))
+    for attempt in range(1, run.timing.attempts + 1):
+        replies, outcomes = _ask(run, request)
+        enough = sum(outcome == OK for outcome in outcomes.values()) >= run.job.plan.quorum
+        if enough:
+            break
+        run.register(RoundRow(number, time.monotonic() - started, None, outcomes, aggregated=False))
+        hopeful = sum(outcome in _MAY_RECOVER for outcome in outcomes.values()) >= run.job.plan.quorum
+        if not hopeful or attempt == run.timing.attempts:
+            raise FederationError(
+                f"Round {number} got too few usable replies; {run.job.plan.quorum} are required: {outcomes}.",
+                ErrorCode.QUORUM_LOST,
+            )
+        _LOG.warning("quorum lost", extra={"run": run.job.run, "round": number, "attempt": attempt})
+        time.sleep(run.timing.retry_s)
+    unpack(replies.aggregate(run.strategy, run.job.plan, number), progress.model)
     progress.round = number
-    evaluation = _judge(task, progress.model, job)
-    _record(job, registry, task, progress, RoundRow(number, time.monotonic() - started, evaluation, outcomes))
+    evaluation = _judge(run.task, progress.model, run.job)
+    _record(run, progress, RoundRow(number, time.monotonic() - started, evaluation, outcomes))
 
 
-def _sift(
-    messages: Mapping[int, Message], cohort: Mapping[int, SiteOffer], request: TrainRequest
-) -> tuple[list[Message], dict[str, str]]:
-    """Return the usable replies in the order of the sites' names, and what came of every site."""
-    accepted: list[Message] = []
-    outcomes: dict[str, str] = {}
-    # By name, so that the sum of floats does not depend on who answered first.
-    for node, offer in sorted(cohort.items(), key=lambda item: item[1].site):
-        message = messages.get(node)
-        if message is None:
-            outcomes[offer.site] = LATE
-            continue
-        reply = _checked(message, lambda content: _reply(content, request))
-        if isinstance(reply, TrainReply):
-            message.content = reply.weighted(offer.declared_patients)
-            accepted.append(message)
-            outcomes[offer.site] = OK
+def _ask(run: _Run, request: TrainRequest) -> tuple[Replies, dict[str, str]]:
+    """Ask the cohort to train; return the usable replies, aggregated as far as can be, and what came of each site."""
+    plan, sites = request.plan, run.cohort.gather()
+    outcomes = {offer.site: ASKED for offer in sites.values()}
+    # Before the question goes out: whoever is asked may have spent, whatever becomes of this process.
+    run.register(RoundRow(request.round, 0.0, None, outcomes, aggregated=False))
+    patients = {node: offer.declared_patients for node, offer in sites.items()}
+    replies = collect(plan, request.weights, sum(patients.values()), run.job.max_share)
+
+    def take(node: int, message: Message) -> None:
+        cap = run.job.max_update_norm
+        if cap is None:
+            cap = largest_update(plan, len(request.weights), patients[node])
+        weights = check_reply(message, request, cap)
+        site = sites[node].site
+        if isinstance(weights, str):
+            outcomes[site] = str(weights)
+            _LOG.warning("reply dropped", extra={"round": request.round, "site": site, "code": str(weights)})
         else:
-            outcomes[offer.site] = reply.value
-    return accepted, outcomes
+            replies.add(site, patients[node], weights)
+            outcomes[site] = OK
+
+    def enough() -> bool:
+        return sum(outcome == OK for outcome in outcomes.values()) >= plan.quorum
+
+    question = Question(request.to_content(), MessageType.TRAIN, str(request.round), plan.deadline_s)
+    silent = exchange(run.grid, question, list(sites), run.cohort.presence, run.timing, take, enough)
+    for node, outcome in silent.items():
+        outcomes[sites[node].site] = outcome
+        _LOG.warning("no reply", extra={"round": request.round, "site": sites[node].site, "code": outcome})
+    return replies, outcomes
 
 
-def _aggregate(strategy: Strategy, number: int, accepted: list[Message]) -> Vector:
-    arrays, _ = strategy.aggregate_train(number, accepted)
-    if arrays is None:
-        raise ProtocolError("The strategy gave no weights.")
-    return global_weights(arrays)
-
-
-def _record(job: Job, registry: Registry, task: Task, progress: Progress, row: RoundRow) -> None:
+def _record(run: _Run, progress: Progress, row: RoundRow) -> None:
     if row.evaluation:
-        progress.note(row.round, row.evaluation.value(task.metric))
-    registry.add_round(job.run, row)
+        progress.note(row.round, row.evaluation.value(run.task.metric))
+    run.register(row)
     save_checkpoint(
-        job.folder / "checkpoints",
+        run.job.folder / "checkpoints",
         progress.model,
-        run=job.run,
+        run=run.job.run,
         number=row.round,
-        task=task.name,
-        plan_digest=job.plan.digest,
+        task=run.task.name,
+        plan_digest=run.job.plan.digest,
+        strategy_state=moments(run.strategy),
     )
 
 
@@ -259,29 +270,3 @@ def _judge(task: Task, model: nn.Module, job: Job) -> Evaluation | None:
         return None
     model.eval()
     return task.evaluate(model, job.heldout)
-
-
-def _checked(message: Message, parse: Callable[[RecordDict], _T]) -> _T | ErrorCode:
-    if message.has_error():
-        return error_code(message)
-    try:
-        return parse(message.content)
-    except FederationError as error:
-        _LOG.warning("reply dropped", extra={"code": error.code.value})
-        return error.code
-
-
-def _offer(content: RecordDict, plan: RunPlan) -> SiteOffer:
-    offer = SiteOffer.from_content(content)
-    if offer.plan_digest != plan.digest:
-        raise ProtocolError("The site accepted another plan.", ErrorCode.PLAN_CHANGED)
-    return offer
-
-
-def _reply(content: RecordDict, request: TrainRequest) -> TrainReply:
-    reply = TrainReply.from_content(content)
-    if (reply.round, reply.plan_digest) != (request.round, request.plan.digest):
-        raise ProtocolError("The reply belongs to another round or plan.", ErrorCode.PLAN_CHANGED)
-    if reply.weights.shape != request.weights.shape or not math.isfinite(float(reply.weights.sum())):
-        raise ProtocolError("The reply's weights have the wrong shape or are not finite.")
-    return reply

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, Metadata, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode as FlowerErrorCode
 
 from shared.errors import ErrorCode, ProtocolError
 from shared.plan import RunPlan
@@ -19,6 +20,13 @@ from shared.weights import Vector
 
 CONFIG, ARRAYS, WEIGHTS, METRICS, WEIGHT_KEY = "config", "arrays", "weights", "metrics", "num-examples"
 _ERROR_NUMBER = 1000
+_UNDELIVERED = frozenset(
+    {
+        FlowerErrorCode.MESSAGE_UNAVAILABLE,
+        FlowerErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+        FlowerErrorCode.NODE_UNAVAILABLE,
+    }
+)
 _MAX_PLAN_CHARS = 16_384
 _T = TypeVar("_T", str, int)
 
@@ -122,9 +130,22 @@ class TrainReply:
         config = _config(content)
         return cls(_field(config, "round", int), _text(config, "plan-digest"), _weights(content))
 
-    def weighted(self, declared_patients: int) -> RecordDict:
-        """Return the payload that Flower's strategies average: the server, not the site, sets the weight."""
-        return RecordDict({ARRAYS: _arrays(self.weights), METRICS: MetricRecord({WEIGHT_KEY: declared_patients})})
+
+def weighted_reply(weights: Vector, declared_patients: int = 1) -> Message:
+    """Return the message that Flower's strategies aggregate: the server, not the site, sets the weight."""
+    content = RecordDict({ARRAYS: _arrays(weights), METRICS: MetricRecord({WEIGHT_KEY: declared_patients})})
+    nowhere = Metadata(  # it is never sent
+        run_id=0,
+        message_id="",
+        src_node_id=0,
+        dst_node_id=0,
+        reply_to_message_id="",
+        group_id="",
+        created_at=0.0,
+        ttl=1.0,
+        message_type=MessageType.TRAIN,
+    )
+    return Message(content=content, metadata=nowhere)  # type: ignore[call-overload,no-any-return]
 
 
 def global_weights(arrays: ArrayRecord) -> Vector:
@@ -143,6 +164,11 @@ def error_code(reply: Message) -> ErrorCode:
         return ErrorCode(reply.error.reason or "")
     except ValueError:
         return ErrorCode.INTERNAL
+
+
+def is_undelivered(reply: Message) -> bool:
+    """Return whether Flower says that a message or its reply was lost; the site then gave no answer."""
+    return reply.has_error() and reply.error.code in _UNDELIVERED
 
 
 def _arrays(weights: Vector) -> ArrayRecord:

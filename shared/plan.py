@@ -15,6 +15,11 @@ from shared.errors import PlanError
 OPTIMIZERS = ("adam", "sgd")
 SCHEDULES = ("constant", "linear")
 ENGINES = ("bookkeeping", "opacus")
+FEDAVG, FEDPROX, FEDADAM, FEDYOGI = "fedavg", "fedprox", "fedadam", "fedyogi"
+MEDIAN, TRIMMED_MEAN, KRUM, MULTI_KRUM = "median", "trimmed-mean", "krum", "multi-krum"
+STRATEGIES = (FEDAVG, FEDPROX, FEDADAM, FEDYOGI, MEDIAN, TRIMMED_MEAN, KRUM, MULTI_KRUM)
+_MAJORITY = frozenset({MEDIAN, TRIMMED_MEAN})
+_KRUM = frozenset({KRUM, MULTI_KRUM})
 RANDOM_START = "random"
 _LIMITS: dict[str, tuple[float, float]] = {
     "rounds": (1, 100_000),
@@ -26,6 +31,10 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "noise_multiplier": (0.0, MAX_NOISE_MULTIPLIER),
     "learning_rate": (1e-8, 1e3),
     "deadline_s": (0.1, 1e7),
+    "proximal_mu": (1e-8, 1e3),
+    "server_learning_rate": (1e-8, 1e3),
+    "tau": (1e-12, 1e3),
+    "byzantine_sites": (1, 10_000),
 }
 """Beyond these a plan is a mistake or an attack: a bound so small that its noise rounds to nothing, a batch that
 exhausts memory when somebody is sampled and not when nobody is."""
@@ -51,11 +60,16 @@ class RunPlan:
             the last, so that late noise moves the model less.
         momentum: Of ``sgd``.
         patience: End after this many rounds without a better held-out metric; 0 never ends early.
-        min_sites: Quorum: a round with fewer replies is not aggregated and the run fails.
+        min_sites: The operator's quorum; see :attr:`quorum`.
         deadline_s: How long a round waits for replies, in seconds.
         seed: Seeds the initial weights. It never seeds a hospital's noise.
         engine: Who clips: ``bookkeeping``, or ``opacus``, the slow reference.
         init: ``random``, or the SHA-256 of the public checkpoint that the run starts from.
+        strategy: How the server makes one model of the sites' weights: one of ``STRATEGIES``.
+        proximal_mu: Of ``fedprox``: how strongly a site is pulled back to the global weights.
+        server_learning_rate: Of ``fedadam`` and ``fedyogi``.
+        tau: Of ``fedadam`` and ``fedyogi``: added to the root of the second moment.
+        byzantine_sites: How many hostile sites ``median``, ``trimmed-mean``, ``krum`` and ``multi-krum`` withstand.
     """
 
     task: str
@@ -76,6 +90,11 @@ class RunPlan:
     seed: int = 0
     engine: str = "bookkeeping"
     init: str = RANDOM_START
+    strategy: str = FEDAVG
+    proximal_mu: float = 0.01
+    server_learning_rate: float = 0.1
+    tau: float = 1e-3
+    byzantine_sites: int = 1
 
     def __post_init__(self) -> None:
         for name, (low, high) in _LIMITS.items():
@@ -88,11 +107,26 @@ class RunPlan:
         _require(self.optimizer in OPTIMIZERS, f"optimizer must be one of {', '.join(OPTIMIZERS)}")
         _require(self.engine in ENGINES, f"engine must be one of {', '.join(ENGINES)}")
         _require(self.schedule in SCHEDULES, f"schedule must be one of {', '.join(SCHEDULES)}")
+        _require(self.strategy in STRATEGIES, f"strategy must be one of {', '.join(STRATEGIES)}")
+        overshoots = self.strategy == FEDPROX and self.learning_rate * self.proximal_mu > 1.0
+        _require(not overshoots, "learning_rate times proximal_mu must be at most 1, or the pull overshoots")
 
     @property
     def private(self) -> bool:
         """Whether the run promises any privacy at all."""
         return self.noise_multiplier > 0.0
+
+    @property
+    def quorum(self) -> int:
+        """The fewest replies that are aggregated: ``min_sites``, and what the strategy needs to withstand f sites.
+
+        A median or trimmed mean of n needs n ≥ 2f + 1; Krum's theorem needs n ≥ 2f + 3 (Blanchard et al., 2017).
+        """
+        if self.strategy in _MAJORITY:
+            return max(self.min_sites, 2 * self.byzantine_sites + 1)
+        if self.strategy in _KRUM:
+            return max(self.min_sites, 2 * self.byzantine_sites + 3)
+        return self.min_sites
 
     def learning_rate_in(self, round_number: int) -> float:
         """Return the local learning rate of one round, counted from 1."""

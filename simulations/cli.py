@@ -68,6 +68,7 @@ def run(
     learning_rate: Annotated[float | None, typer.Option(help="Of the sites' optimizer.")] = None,
     schedule: Annotated[str | None, typer.Option(help="Of the learning rate: 'constant' or 'linear'.")] = None,
     momentum: Annotated[float | None, typer.Option(help="Of sgd.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="fedavg, fedprox, fedadam, fedyogi, median, krum …")] = None,
     engine: Annotated[str | None, typer.Option(help="Who clips: 'bookkeeping' or 'opacus' (slow).")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
 ) -> None:
@@ -94,6 +95,7 @@ def run(
         "learning_rate": learning_rate,
         "schedule": schedule,
         "momentum": momentum,
+        "strategy": strategy,
         "engine": engine,
         "init": _sha256(init),
     }

@@ -11,7 +11,7 @@ import torch
 import client.training
 from client.training import Randomness, train_round
 from shared.dp.noise import SecureNoise
-from shared.plan import RunPlan
+from shared.plan import FEDPROX, RunPlan
 from shared.records import RecordStore
 from shared.tasks.registry import find_task
 from shared.weights import pack
@@ -145,3 +145,57 @@ def test_without_privacy_nothing_is_clipped_or_noised(store: RecordStore) -> Non
     plan = replace(PLAN, noise_multiplier=0.0)
     train(store, replace(Randomness.secure(key(1)), noise=recorder), plan)
     assert recorder.deviations == []
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_fedprox_is_the_gradient_of_the_proximal_term_by_autograd(
+    store: RecordStore,
+    optimizer: str,
+) -> None:
+    """Without privacy: the same steps with mu/2 · ‖w - w_global‖² inside the loss, differentiated by torch."""
+    plan = replace(
+        PLAN,
+        noise_multiplier=0.0,
+        strategy=FEDPROX,
+        proximal_mu=1.5,
+        optimizer=optimizer,
+        learning_rate=0.05 if optimizer == "sgd" else 0.005,
+    )
+    ours = train(store, Randomness.simulated(key(3)), plan)
+    anchors: list[torch.Tensor] = []
+
+    def with_term(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        if not anchors:
+            anchors.extend(p.detach().clone() for p in model.parameters())
+        distance = sum(((p - a) ** 2).sum() for p, a in zip(model.parameters(), anchors, strict=True))
+        return TASK.loss(model, batch) + 0.5 * 1.5 * distance
+
+    explicit = train_round(
+        replace(TASK, loss=with_term),
+        TASK.load(store),
+        replace(plan, strategy="fedavg"),
+        1,
+        start(),
+        declared_patients=DECLARED,
+        randomness=Randomness.simulated(key(3)),
+    )
+    plain = train(store, Randomness.simulated(key(3)), replace(plan, strategy="fedavg"))
+    assert np.linalg.norm(ours - explicit) < 1e-4 * np.linalg.norm(ours - plain)
+
+
+def test_fedproxs_pull_is_added_after_clipping_and_noise(store: RecordStore) -> None:
+    """Its first step equals FedAvg's, since there is no distance yet; then w - lr · (g + mu · (w - w_global))."""
+    fedprox = replace(PLAN, strategy=FEDPROX, proximal_mu=1.0, local_steps=1)
+    recorders = [Recorder(), Recorder(), Recorder()]
+
+    def moved(recorder: Recorder, plan: RunPlan) -> np.ndarray:
+        return train(store, replace(Randomness.secure(key(1)), noise=recorder), plan) - start()
+
+    one = moved(recorders[0], fedprox)
+    np.testing.assert_array_equal(one, moved(recorders[1], replace(fedprox, strategy="fedavg")))
+    two = moved(recorders[2], replace(fedprox, local_steps=2))
+    count = len(recorders[2].totals) // 2
+    second = torch.cat([part.flatten() for part in recorders[2].totals[count:]]).numpy() / (0.5 * DECLARED)
+    np.testing.assert_allclose(two, one - 0.5 * (second + 1.0 * one), rtol=1e-3, atol=1e-6)
+    # What is noised is clipped data only: the pull would have pushed the sum over the patients' bound.
+    assert recorders[2].deviations == [2.0 * 0.7] * (2 * count)

@@ -1,10 +1,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from server.checkpoints import latest_checkpoint, load_weights, save_checkpoint
+from server.checkpoints import latest_checkpoint, load_strategy, load_weights, save_checkpoint
 from shared.errors import StorageError
 from shared.models.cnn import LungCTNet
 from shared.weights import pack
@@ -29,6 +30,31 @@ def test_old_checkpoints_do_not_pile_up(tmp_path: Path) -> None:
     for number in range(5):
         save(tmp_path, number)
     assert len(list(tmp_path.glob("*.safetensors"))) == len(list(tmp_path.glob("*.json"))) == 2
+
+
+def test_the_strategys_state_is_saved_beside_the_model_and_goes_with_it(tmp_path: Path) -> None:
+    moments = {"m_t": np.arange(4, dtype=np.float32), "v_t": np.arange(4, dtype=np.float64)}
+    for number in range(4):
+        checkpoint = save_checkpoint(
+            tmp_path, LungCTNet(), run="r", number=number, task="t", plan_digest="p", strategy_state=moments
+        )
+    found = latest_checkpoint(tmp_path)
+    assert found == checkpoint
+    loaded = load_strategy(checkpoint)
+    assert {name: (value.dtype, value.tobytes()) for name, value in loaded.items()} == {
+        name: (value.dtype, value.tobytes()) for name, value in moments.items()
+    }
+    files = sorted(tmp_path.glob("*.strategy"))
+    assert [file.name for file in files] == ["round-00002.strategy", "round-00003.strategy"]
+    files[-1].write_bytes(files[-1].read_bytes() + b" ")
+    with pytest.raises(StorageError, match="changed after"):
+        load_strategy(checkpoint)
+
+
+def test_a_strategy_without_state_saves_none(tmp_path: Path) -> None:
+    _, checkpoint = save(tmp_path, 1)
+    assert load_strategy(checkpoint) == {}
+    assert not list(tmp_path.glob("*.strategy"))
 
 
 def test_weights_without_a_sidecar_are_no_checkpoint(tmp_path: Path) -> None:

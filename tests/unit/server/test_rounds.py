@@ -3,17 +3,20 @@
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import Error, Message, RecordDict
 
 from server.checkpoints import latest_checkpoint, load_weights
-from server.registry import FAILED, LATE, OK, Registry
+from server.cohort import Member
+from server.exchange import Timing
+from server.registry import ASKED, FAILED, LATE, OK, VANISHED, Registry
 from server.rounds import Job, initial_model, run_federation
 from shared.errors import ErrorCode, FederationError, ProtocolError
 from shared.messages import PlanQuery, SiteOffer, TrainReply, TrainRequest, error_reply
-from shared.plan import RunPlan
+from shared.plan import STRATEGIES, RunPlan
 from shared.records import RecordStore
 from shared.tasks.registry import find_task
 from shared.weights import pack
@@ -32,23 +35,33 @@ PLAN = RunPlan(
     min_sites=2,
     deadline_s=5.0,
 )
-Answer = Callable[[TrainRequest, Message], Message]
+NORM_CAP = 1e4
+QUICK = Timing(grace_s=0.1, look_s=0.01, again_s=0.02, retry_s=0.0)
+Answer = Callable[[TrainRequest, Message], Message | None]
 
 
 class ScriptedGrid(LocalGrid):
     """A grid whose nodes answer as a test says. Site n adds n to every weight and declares 10 n patients."""
 
-    def __init__(self, answers: dict[int, Answer | None]) -> None:
-        super().__init__([Path()] * 3, seed=0)
-        self.nodes = dict(zip(self._folders, (1, 2, 3), strict=True))
+    def __init__(self, answers: dict[int, Answer | None], sites: int = 3) -> None:
+        super().__init__([Path()] * sites, seed=0)
+        self.nodes = {node: number for number, node in enumerate(self._folders, start=1)}
         self.answers = answers
         self.requests: list[TrainRequest] = []
+        self.gone: set[int] = set()
+
+    def get_node_ids(self) -> Iterable[int]:
+        return [node for node, number in self.nodes.items() if number not in self.gone]
+
+    @property
+    def members(self) -> dict[int, Member]:
+        return {node: Member(f"site-{number}", 10 * number) for node, number in self.nodes.items()}
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         replies = []
         for identifier in list(message_ids):
             message = self._pending.get(identifier)
-            if isinstance(message, Message):
+            if isinstance(message, Message) and self.nodes[message.metadata.dst_node_id] not in self.gone:
                 reply = self._reply(message)
                 if reply is not None:
                     replies.append(reply)
@@ -82,9 +95,15 @@ def twisted(change: Callable[[TrainReply], TrainReply]) -> Answer:
     return answer
 
 
+def with_one(weights: np.ndarray, value: float) -> np.ndarray:
+    changed = weights.copy()
+    changed[7] = value
+    return changed
+
+
 def run(folder: Path, answers: dict[int, Answer | None], plan: RunPlan = PLAN) -> ScriptedGrid:
     grid = ScriptedGrid(answers)
-    run_federation(grid, Job("r", plan, folder, None))
+    run_federation(grid, Job("r", plan, folder, None, max_update_norm=NORM_CAP))
     return grid
 
 
@@ -110,13 +129,16 @@ def test_the_average_is_weighted_by_declared_patients(tmp_path: Path) -> None:
     ("answer", "outcome"),
     [
         (lambda _request, message: error_reply(ErrorCode.BUDGET_EXCEEDED, message), "budget-exceeded"),
-        (lambda _r, message: Message(Error(3, "Traceback: Mrs Jones"), reply_to=message), "internal"),
+        (lambda _r, message: Message(Error(2, "Traceback: Mrs Jones"), reply_to=message), "internal"),
         (lambda _request, message: Message(RecordDict(), reply_to=message), "bad-message"),
-        (twisted(lambda reply: replace(reply, round=reply.round + 1)), "plan-changed"),
+        (twisted(lambda reply: replace(reply, round=reply.round + 1)), "stale-round"),
         (twisted(lambda reply: replace(reply, plan_digest="another")), "plan-changed"),
         (twisted(lambda reply: replace(reply, weights=reply.weights[:-1])), "bad-message"),
-        (twisted(lambda reply: replace(reply, weights=reply.weights * np.float32("nan"))), "bad-message"),
-        (twisted(lambda reply: replace(reply, weights=reply.weights + np.float32("inf"))), "bad-message"),
+        (twisted(lambda reply: replace(reply, weights=reply.weights * np.float32("nan"))), "not-finite"),
+        (twisted(lambda reply: replace(reply, weights=reply.weights + np.float32("inf"))), "not-finite"),
+        (twisted(lambda reply: replace(reply, weights=with_one(reply.weights, np.nan))), "not-finite"),
+        (twisted(lambda reply: replace(reply, weights=reply.weights * np.float32(1e4))), "update-too-large"),
+        (twisted(lambda reply: replace(reply, weights=with_one(reply.weights, 1e30))), "update-too-large"),
     ],
 )
 def test_a_bad_reply_is_dropped_named_and_the_round_goes_on(tmp_path: Path, answer: Answer, outcome: str) -> None:
@@ -162,6 +184,158 @@ def test_a_run_never_goes_on_under_another_plan(tmp_path: Path) -> None:
     with pytest.raises(ProtocolError) as caught:
         run(tmp_path, {}, replace(PLAN, rounds=5))
     assert caught.value.code is ErrorCode.PLAN_CHANGED
+
+
+def outcomes(folder: Path) -> list[dict[str, str]]:
+    rounds = Registry(folder / "registry.sqlite").read("r").rounds
+    return [dict(row.replies) for row in rounds if row.round]
+
+
+def test_a_site_that_vanishes_is_dropped_from_the_round_and_back_in_the_next(tmp_path: Path) -> None:
+    grid = ScriptedGrid({})
+
+    def dies_in_round_two(request: TrainRequest, message: Message) -> Message | None:
+        if request.round == 2:
+            grid.gone.add(3)
+            return None
+        return honest(3)(request, message)
+
+    def outlives(request: TrainRequest, message: Message) -> Message:
+        if request.round == 3:
+            grid.gone.clear()
+        return honest(1)(request, message)
+
+    grid.answers = {1: outlives, 3: dies_in_round_two}
+    plan = replace(PLAN, rounds=4, deadline_s=60.0)
+    run_federation(grid, Job("r", plan, tmp_path, None, members=grid.members, max_update_norm=NORM_CAP, timing=QUICK))
+    everybody = {"site-1": OK, "site-2": OK, "site-3": OK}
+    assert outcomes(tmp_path) == [
+        everybody,
+        {**everybody, "site-3": VANISHED},
+        {"site-1": OK, "site-2": OK},
+        everybody,
+    ]
+    record = Registry(tmp_path / "registry.sqlite").read("r")
+    assert [record.rounds_of(f"site-{number}") for number in (1, 2, 3)] == [4, 4, 3]  # asked in vain counts as spent
+
+
+def test_a_lost_quorum_is_tried_again_with_the_same_request(tmp_path: Path) -> None:
+    broken = iter([ErrorCode.STORAGE_FAILED, ErrorCode.INTERNAL])
+
+    def recovers(request: TrainRequest, message: Message) -> Message:
+        code = next(broken, None)
+        return error_reply(code, message) if code else honest(1)(request, message)
+
+    grid = ScriptedGrid({1: recovers})
+    plan = replace(PLAN, rounds=1, min_sites=3)
+    run_federation(grid, Job("r", plan, tmp_path, None, members=grid.members, max_update_norm=NORM_CAP, timing=QUICK))
+    assert outcomes(tmp_path) == [{"site-1": OK, "site-2": OK, "site-3": OK}]
+    assert len({request.digest for request in grid.requests}) == 1
+    assert len(grid.requests) == 9
+
+
+@pytest.mark.parametrize(("code", "attempts"), [(ErrorCode.BUDGET_EXCEEDED, 1), (ErrorCode.STORAGE_FAILED, 3)])
+def test_a_round_is_tried_again_only_while_there_is_hope(tmp_path: Path, code: ErrorCode, attempts: int) -> None:
+    grid = ScriptedGrid({1: lambda _request, message: error_reply(code, message)})
+    plan = replace(PLAN, min_sites=3)
+    with pytest.raises(FederationError) as caught:
+        run_federation(
+            grid, Job("r", plan, tmp_path, None, members=grid.members, max_update_norm=NORM_CAP, timing=QUICK)
+        )
+    assert caught.value.code is ErrorCode.QUORUM_LOST
+    assert len(grid.requests) == 3 * attempts
+
+
+def test_a_site_that_was_asked_before_a_crash_and_then_stays_away_counts_as_spent(tmp_path: Path) -> None:
+    grid = ScriptedGrid({})
+
+    def crashes(_request: TrainRequest, _message: Message) -> Message:
+        raise KeyboardInterrupt
+
+    grid.answers = {2: crashes}
+    with pytest.raises(KeyboardInterrupt):
+        run_federation(grid, Job("r", PLAN, tmp_path, None, members=grid.members, max_update_norm=NORM_CAP))
+    assert outcomes(tmp_path) == [dict.fromkeys(("site-1", "site-2", "site-3"), ASKED)]
+    again = ScriptedGrid({})
+    again.gone = {3}
+    run_federation(again, Job("r", PLAN, tmp_path, None, members=again.members, max_update_norm=NORM_CAP, timing=QUICK))
+    assert outcomes(tmp_path)[0] == {"site-1": OK, "site-2": OK, "site-3": VANISHED}
+    assert Registry(tmp_path / "registry.sqlite").read("r").rounds_of("site-3") == 1
+
+
+def test_a_late_site_is_ignored_and_takes_part_in_the_next_round(tmp_path: Path) -> None:
+    def slow_once(request: TrainRequest, message: Message) -> Message | None:
+        return None if request.round == 1 else honest(3)(request, message)
+
+    run(tmp_path, {3: slow_once}, replace(PLAN, deadline_s=0.5))
+    assert [row["site-3"] for row in outcomes(tmp_path)] == [LATE, OK]
+    assert moved(tmp_path) == pytest.approx(5 / 3 + 7 / 3, rel=1e-5)
+
+
+def test_no_site_passes_the_share_that_the_operator_sets(tmp_path: Path) -> None:
+    run_federation(ScriptedGrid({}), Job("r", PLAN, tmp_path, None, max_share=0.4, max_update_norm=NORM_CAP))
+    assert moved(tmp_path) == pytest.approx(2 * (0.2 * 1 + 0.4 * 2 + 0.4 * 3), rel=1e-5)
+
+
+@pytest.mark.parametrize("limits", [{"max_share": 0.0}, {"max_share": 1.5}, {"max_update_norm": -1.0}])
+def test_impossible_limits_are_refused(tmp_path: Path, limits: dict[str, float]) -> None:
+    with pytest.raises(FederationError):
+        Job("r", PLAN, tmp_path, None, **limits)
+
+
+def test_without_a_cap_of_the_operator_the_plan_bounds_an_update(tmp_path: Path) -> None:
+    tiny = {number: twisted(lambda reply: reply) for number in (1, 2)}
+    grid = ScriptedGrid({**tiny, 3: twisted(lambda reply: replace(reply, weights=reply.weights * np.float32(1000)))})
+    run_federation(grid, Job("r", PLAN, tmp_path, None))
+    assert outcomes(tmp_path) == [{"site-1": OK, "site-2": OK, "site-3": "update-too-large"}] * 2
+    assert moved(tmp_path) == 0.0
+
+
+def towards(number: int) -> Answer:
+    """Answer with weights halfway to the site's own, which depend on the round."""
+
+    def answer(request: TrainRequest, message: Message) -> Message:
+        own = np.random.default_rng([number, request.round]).normal(0.0, 0.1, len(request.weights))
+        weights = (0.5 * request.weights + 0.5 * own).astype(np.float32)
+        return Message(TrainReply(request.round, request.plan.digest, weights).to_content(), reply_to=message)
+
+    return answer
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_interrupted_run_ends_as_an_uninterrupted_one_bit_for_bit(tmp_path: Path, strategy: str) -> None:
+    plan = replace(PLAN, rounds=3, strategy=strategy, min_sites=5)
+    steady = {number: towards(number) for number in range(1, 6)}
+
+    def interrupts(request: TrainRequest, message: Message) -> Message:
+        return towards(3)(request, message) if request.round < 3 else error_reply(ErrorCode.INTERNAL, message)
+
+    for folder, answers in (("whole", steady), ("parts", {**steady, 3: interrupts})):
+        job = Job("r", plan, tmp_path / folder, None, max_update_norm=NORM_CAP)
+        job.folder.mkdir()
+        if folder == "parts":
+            with pytest.raises(FederationError):
+                run_federation(ScriptedGrid(answers, sites=5), job)
+        run_federation(ScriptedGrid(steady, sites=5), job)
+        assert Registry(job.folder / "registry.sqlite").read("r").rounds_completed == 3
+    whole, parts = final_weights(tmp_path / "whole"), final_weights(tmp_path / "parts")
+    assert whole.tobytes() == parts.tobytes()
+    assert np.isfinite(whole).all()
+
+
+@pytest.mark.parametrize("strategy", ["median", "trimmed-mean", "krum", "multi-krum"])
+@pytest.mark.parametrize("attack", [lambda w: w * np.float32(1000), lambda w: -w])
+def test_one_hostile_site_of_five_hardly_moves_a_robust_run(tmp_path: Path, strategy: str, attack: Any) -> None:
+    plan = replace(PLAN, strategy=strategy)
+    hostile = twisted(lambda reply: replace(reply, weights=attack(reply.weights)))
+    ends = []
+    for folder, fifth in (("clean", towards(5)), ("attacked", hostile)):
+        grid = ScriptedGrid({**{number: towards(number) for number in range(1, 5)}, 5: fifth}, sites=5)
+        (tmp_path / folder).mkdir()
+        run_federation(grid, Job("r", plan, tmp_path / folder, None, max_update_norm=1e9))
+        assert outcomes(tmp_path / folder) == [{f"site-{number}": OK for number in range(1, 6)}] * 2
+        ends.append(final_weights(tmp_path / folder))
+    assert np.abs(ends[0] - ends[1]).mean() < 0.07  # as far apart as two honest sites after two rounds
 
 
 def test_patience_ends_a_run_that_no_longer_gains(

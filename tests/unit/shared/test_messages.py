@@ -2,12 +2,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.errors import PlanError, ProtocolError
-from shared.messages import PlanQuery, SiteOffer, TrainReply, TrainRequest, global_weights
+from shared.errors import ErrorCode, PlanError, ProtocolError
+from shared.messages import (
+    PlanQuery,
+    SiteOffer,
+    TrainReply,
+    TrainRequest,
+    error_reply,
+    global_weights,
+    is_undelivered,
+    weighted_reply,
+)
 from shared.plan import RunPlan
 
 PLAN = RunPlan(
@@ -47,9 +56,17 @@ def test_a_request_digest_names_all_that_the_answer_depends_on() -> None:
 
 
 def test_the_server_sets_the_weight_of_the_average() -> None:
-    content = TrainReply(1, PLAN.digest, WEIGHTS).weighted(40)
+    content = weighted_reply(WEIGHTS, 40).content
     assert dict(content["metrics"]) == {"num-examples": 40}
     assert global_weights(content["arrays"]).tobytes() == WEIGHTS.tobytes()
+
+
+def test_what_flower_could_not_deliver_is_told_from_what_a_site_refused() -> None:
+    question = weighted_reply(WEIGHTS)
+    undelivered = [code for code in range(9) if is_undelivered(Message(Error(code, ""), reply_to=question))]
+    assert undelivered == [3, 4, 5]
+    assert not is_undelivered(error_reply(ErrorCode.BUDGET_EXCEEDED, question))
+    assert not is_undelivered(question)
 
 
 @pytest.mark.parametrize(

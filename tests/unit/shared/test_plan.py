@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from shared.drafting import draft_plan
 from shared.errors import ErrorCode, PlanError
-from shared.plan import RunPlan
+from shared.plan import STRATEGIES, RunPlan
 
 PLAN = RunPlan(
     task="nodule-classification",
@@ -21,7 +21,7 @@ PLAN = RunPlan(
     delta=1e-3,
     learning_rate=0.5,
 )
-GOLDEN_DIGEST = "52ec4417485eb4d1"
+GOLDEN_DIGEST = "8948d98e2064c424"
 
 
 def test_digest_is_stable_across_versions() -> None:
@@ -39,6 +39,7 @@ def test_every_field_enters_the_digest() -> None:
         "max_grad_norm": 2.0, "noise_multiplier": 2.5, "delta": 1e-4, "optimizer": "adam",
         "learning_rate": 0.1, "schedule": "linear", "momentum": 0.9, "patience": 3, "min_sites": 2,
         "deadline_s": 60.0, "engine": "opacus", "seed": 1, "init": "abc",
+        "strategy": "median", "proximal_mu": 0.5, "server_learning_rate": 0.2, "tau": 0.1, "byzantine_sites": 2,
     }  # fmt: skip
     assert set(changed) == set(asdict(PLAN))
     digests = {replace(PLAN, **{name: value}).digest for name, value in changed.items()}
@@ -67,11 +68,28 @@ def test_epsilon_grows_with_rounds() -> None:
         ("max_grad_norm", 1e-40), ("noise_multiplier", 0.01), ("noise_multiplier", 1e9), ("sample_rate", 1e-9),
         ("schedule", "cosine"),        ("momentum", 1.0), ("noise_multiplier", -1.0), ("patience", -1), ("task", 5),
         ("min_sites", 0), ("noise_multiplier", float("nan")),
+        ("strategy", "fedsgd"), ("proximal_mu", 0.0), ("server_learning_rate", float("inf")), ("tau", 0.0),
+        ("byzantine_sites", 0),
     ],
 )  # fmt: skip
 def test_impossible_fields_are_refused(field: str, value: Any) -> None:
     with pytest.raises(PlanError):
         RunPlan.from_mapping({**asdict(PLAN), field: value})
+
+
+def test_the_quorum_is_what_the_strategy_needs_to_withstand_hostile_sites() -> None:
+    quorums = {name: replace(PLAN, strategy=name, byzantine_sites=2, min_sites=3).quorum for name in STRATEGIES}
+    assert quorums == {
+        "fedavg": 3, "fedprox": 3, "fedadam": 3, "fedyogi": 3, "median": 5, "trimmed-mean": 5, "krum": 7,
+        "multi-krum": 7,
+    }  # fmt: skip
+    assert replace(PLAN, strategy="krum", min_sites=9).quorum == 9
+
+
+def test_a_proximal_pull_that_overshoots_is_refused() -> None:
+    with pytest.raises(PlanError, match="overshoots"):
+        replace(PLAN, strategy="fedprox", learning_rate=0.5, proximal_mu=3.0)
+    assert replace(PLAN, strategy="fedavg", learning_rate=0.5, proximal_mu=3.0).proximal_mu == 3.0
 
 
 def test_unknown_and_missing_fields_are_named() -> None:

@@ -1,0 +1,72 @@
+"""The bound on an honest site's update: none passes it, and poison does."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from client.training import Randomness, train_round
+from server.replies import largest_update
+from shared.plan import RunPlan
+from shared.records import RecordStore
+from shared.tasks.registry import find_task
+from shared.weights import pack
+
+TASK = find_task("nodule-classification")
+PLAN = RunPlan(
+    task=TASK.name,
+    rounds=4,
+    local_steps=3,
+    sample_rate=0.5,
+    records_per_patient=1,
+    max_grad_norm=0.7,
+    noise_multiplier=1.0,
+    delta=1e-3,
+    learning_rate=0.5,
+)
+PATIENTS = 16
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"momentum": 0.9},
+        {"noise_multiplier": 0.05},
+        {"optimizer": "adam", "learning_rate": 0.01},
+        {"optimizer": "adam", "learning_rate": 0.01, "noise_multiplier": 0.0},
+        {"strategy": "fedprox", "proximal_mu": 2.0},
+        {"sample_rate": 0.01},
+        {"sample_rate": 1.0, "declared": PATIENTS // 4},  # far fewer declared than there are
+    ],
+)
+def test_honest_training_keeps_below_and_a_thousandfold_does_not(
+    tmp_path: Path, make_nodule_store: Callable[..., RecordStore], changes: dict[str, object]
+) -> None:
+    declared = int(str(changes.pop("declared", PATIENTS)))
+    plan = replace(PLAN, **changes)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    start = pack(TASK.build())
+    bound = largest_update(plan, len(start), declared)
+    store = make_nodule_store(tmp_path / "store", patients=PATIENTS)
+    for seed in range(3):
+        weights = train_round(
+            TASK,
+            TASK.load(store),
+            plan,
+            1,
+            start,
+            declared_patients=declared,
+            randomness=Randomness.simulated(bytes([seed]) * 32),
+        )
+        assert 0.0 <= np.linalg.norm(weights - start) < bound
+        if plan.sample_rate == 0.5:  # with next to no patients expected, honest noise is of that size too
+            assert np.linalg.norm(1000 * weights.astype(np.float64) - start) > bound
+
+
+def test_without_privacy_sgd_has_no_bound() -> None:
+    assert largest_update(replace(PLAN, noise_multiplier=0.0), 100, 40) == math.inf
