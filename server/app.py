@@ -13,7 +13,9 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from server.children import die_with_parent
+from server.cohort import Member as Enrolled
 from server.config import ServerConfig
+from server.members import Members, active
 from server.planning import open_heldout
 from server.registry import RUNNING
 from server.rounds import Job, run_federation
@@ -68,6 +70,13 @@ def _service_job(server: Path, run: str) -> Job:
         folder=folder.path,
         heldout=open_heldout(config, plan.task),
         start=folder.start if folder.start.exists() else None,
+        members={
+            member.node_id: Enrolled(member.name, member.declared_patients)
+            for member in active(Members(server).all())
+            if member.node_id is not None
+        },
+        max_share=config.max_share,
+        max_update_norm=config.max_update_norm or None,
     )
 
 

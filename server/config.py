@@ -39,7 +39,7 @@ heldout = {heldout}
 # Largest share of the average that one site's weight may have, above 0 and at most 1.
 max-share = {max-share}
 
-# Largest L2 norm of one site's change to the model; a reply beyond it is dropped. 0 sets no cap.
+# Largest L2 norm of one site's change to the model; a reply beyond it is dropped. 0: what the plan implies.
 max-update-norm = {max-update-norm}
 """
 
@@ -56,7 +56,7 @@ class ServerConfig:
         health_port: ``/healthz`` and ``/metrics``, on loopback.
         heldout: The reference patients' store; empty if there is none.
         max_share: Largest share of the average that one site's weight may have.
-        max_update_norm: Largest L2 norm of one site's change to the model; 0 for no cap.
+        max_update_norm: Largest L2 norm of one site's change to the model; 0 for what the plan implies.
     """
 
     names: tuple[str, ...]

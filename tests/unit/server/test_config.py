@@ -45,7 +45,7 @@ def test_what_is_written_is_read(tmp_path: Path, names: list[str], heldout: str,
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path: Path, line: str, said: str) -> None:
-    key = line.split(" = ")[0]
+    key = line.split(" = ", maxsplit=1)[0]
     text = "\n".join(kept for kept in CONFIG.to_toml().splitlines() if not kept.startswith(f"{key} "))
     (tmp_path / "server.toml").write_text(f"{text}\n{line}\n")
     with pytest.raises(PlanError, match=said):

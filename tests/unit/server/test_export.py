@@ -66,9 +66,7 @@ class Moody(nn.Module):
         return values * self.weight + self.mood
 
 
-def test_a_model_that_onnx_computes_otherwise_is_not_published(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_onnx_computes_otherwise_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Moody()
     export.write_onnx(model, lambda count: torch.rand(count, 3), tmp_path / "model.onnx")
     assert export.check_onnx(model, lambda count: torch.rand(count, 3), tmp_path / "model.onnx") < 1e-6
