@@ -39,7 +39,7 @@ NOTHING_SPENT = frozenset(
     {ErrorCode.BAD_PLAN, ErrorCode.UNKNOWN_TASK, ErrorCode.POLICY_REFUSED, ErrorCode.BUDGET_EXCEEDED}
 )
 """Refusals that a site makes before it reserves anything."""
-RUNNING, COMPLETED, FAILED = "running", "completed", "failed"
+RUNNING, COMPLETED, FAILED, STOPPED = "running", "completed", "failed", "stopped"
 
 
 @dataclass(frozen=True)

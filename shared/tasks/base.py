@@ -100,6 +100,7 @@ class Task:
         loss: Returns ``(B,)``, each the mean over that patient's records; depends on no other patient.
         evaluate: Judges a model on a data set that the evaluating party owns.
         defaults: What a plan sets where its author says nothing (fields of :class:`shared.plan.RunPlan`).
+        example: Makes ``N`` random inputs of the model, ``(N, ...)``; without it the model cannot be exported.
     """
 
     name: str
@@ -110,3 +111,4 @@ class Task:
     loss: Callable[[nn.Module, Batch], Tensor]
     evaluate: Callable[[nn.Module, RecordStore], Evaluation]
     defaults: Mapping[str, Any]
+    example: Callable[[int], Tensor] | None = None

@@ -130,6 +130,7 @@ TASK = Task(
     load=NodulePatients,
     loss=loss,
     evaluate=evaluate,
+    example=lambda count: torch.rand(count, 1, PATCH_PX, PATCH_PX),
     defaults={
         "rounds": 20,
         "local_steps": 2,

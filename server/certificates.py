@@ -1,0 +1,147 @@
+"""The consortium's certificate authority and the aggregator's certificate.
+
+Keys are EC P-384. A site trusts the authority's certificate alone, so the aggregator's own can be renewed without
+touching a hospital.
+"""
+
+import datetime
+import ipaddress
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from shared.errors import PlanError, StorageError
+from shared.files import storage_errors, sync_directory, write_atomic
+
+CA_DAYS, SERVER_DAYS = 3653, 825
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+_SKEW = datetime.timedelta(days=1)
+"""A certificate is valid from a day ago: hospitals' clocks differ."""
+
+
+def make_certificates(folder: Path, names: Sequence[str]) -> None:
+    """Write ``ca.crt``, ``ca.key``, ``server.crt`` and ``server.key`` into ``folder``.
+
+    The aggregator's own loopback connections are verified like any other, so its certificate always names
+    ``localhost``, ``127.0.0.1`` and ``::1`` too.
+
+    Args:
+        folder: Exists and holds none of them.
+        names: DNS names or IP addresses under which hospitals reach the aggregator.
+
+    Raises:
+        PlanError: If a name is neither a DNS name nor an address.
+        StorageError: If a file cannot be written or exists.
+    """
+    ca_key, key = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
+    authority = _authority(ca_key)
+    certificate = _server(key, authority, ca_key, names)
+    for name, private in (("ca.key", ca_key), ("server.key", key)):
+        write_secret(folder / name, _pem(private))
+    for name, public in (("ca.crt", authority), ("server.crt", certificate)):
+        write_atomic(folder / name, public.public_bytes(serialization.Encoding.PEM))
+
+
+def write_secret(path: Path, content: bytes) -> None:
+    """Write a new file that nobody else may read, not even while it is being written.
+
+    Raises:
+        StorageError: If it exists or cannot be written.
+    """
+    with storage_errors(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        sync_directory(path.parent)
+
+
+def expires(path: Path) -> datetime.datetime:
+    """Return when the certificate at ``path`` ends, in UTC.
+
+    Raises:
+        StorageError: If there is no certificate.
+    """
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path} is no readable certificate. Restore it from the back-up.") from error
+
+
+def _authority(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Fedward consortium")])
+    usage = x509.KeyUsage(
+        key_cert_sign=True,
+        crl_sign=True,
+        digital_signature=False,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+    return (
+        _builder(name, name, key, CA_DAYS)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .sign(key, hashes.SHA384())
+    )
+
+
+def _server(
+    key: ec.EllipticCurvePrivateKey,
+    authority: x509.Certificate,
+    ca_key: ec.EllipticCurvePrivateKey,
+    names: Sequence[str],
+) -> x509.Certificate:
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Fedward aggregator")])
+    alternatives = [_alternative(name) for name in dict.fromkeys((*names, *LOOPBACK_NAMES))]
+    identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
+    return (
+        _builder(subject, authority.subject, key, SERVER_DAYS)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(identifier, critical=False)
+        .sign(ca_key, hashes.SHA384())
+    )
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int
+) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _SKEW)
+        .not_valid_after(now + datetime.timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+
+
+def _alternative(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        labels = name.split(".")
+    plain = all(label.replace("-", "").isalnum() and label.isascii() and len(label) < 64 for label in labels)
+    if not plain or len(name) > 253:
+        raise PlanError(f"{name!r} is neither a DNS name nor an IP address; give --name as hospitals will type it.")
+    return x509.DNSName(name)
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )

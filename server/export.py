@@ -1,0 +1,137 @@
+"""A run's model for other runtimes: safetensors and ONNX, published only if they agree, and a card that names them."""
+
+import hashlib
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from server.checkpoints import Checkpoint, latest_checkpoint, load_weights
+from server.registry import RunRecord, finite
+from server.summary import final_round
+from shared.errors import FederationError, PlanError, StorageError
+from shared.files import storage_errors, sync_directory, write_atomic
+from shared.tasks.registry import find_task
+
+TOLERANCE = 1e-4
+"""Largest difference between torch and onnxruntime in any output, absolute plus relative."""
+_OPSET = 20
+_BATCHES = (1, 7)
+
+
+def export_model(record: RunRecord, folder: Path, out: Path) -> Checkpoint:
+    """Write ``model.safetensors``, ``model.onnx`` and ``model.json`` of the run's last model into ``out``.
+
+    Args:
+        record: The run.
+        folder: The run's folder, with its checkpoints.
+        out: Made if need be; older files of these names are replaced, all or none.
+
+    Raises:
+        StorageError: If there is no checkpoint or a file cannot be used.
+        PlanError: If the run's task cannot be exported.
+        FederationError: If the ONNX model does not agree with torch.
+    """
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    if checkpoint is None:
+        raise StorageError(f"{record.run} has no checkpoint yet; export it after its first round.")
+    task = find_task(checkpoint.task)
+    if task.example is None:
+        raise PlanError(f"The task {task.name} gives no example input, so its model cannot be exported.")
+    model = task.build()
+    load_weights(checkpoint.path, model, checkpoint.sha256)
+    model.eval()
+    staging = out / ".export"
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+    try:
+        write_onnx(model, task.example, staging / "model.onnx")
+        difference = check_onnx(model, task.example, staging / "model.onnx")
+        with storage_errors(out):
+            shutil.copyfile(checkpoint.path, staging / "model.safetensors")
+            card = _card(record, checkpoint, staging, difference)
+            write_atomic(staging / "model.json", json.dumps(card, indent=1, allow_nan=False).encode())
+            for name in ("model.safetensors", "model.onnx", "model.json"):
+                (staging / name).replace(out / name)
+            sync_directory(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return checkpoint
+
+
+def write_onnx(model: nn.Module, example: Callable[[int], Tensor], path: Path) -> None:
+    """Write the model as ONNX with a free first dimension."""
+    # The exporter tells its own developers much, in warnings and logs.
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                model,
+                (example(2),),
+                dynamo=True,
+                opset_version=_OPSET,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                verbose=False,
+            )
+    finally:
+        logger.setLevel(level)
+    if program is None:
+        raise FederationError("The model could not be translated to ONNX.")
+    with storage_errors(path):
+        program.save(path)
+
+
+@torch.no_grad()
+def check_onnx(model: nn.Module, example: Callable[[int], Tensor], path: Path) -> float:
+    """Compare torch and onnxruntime on random inputs; return the largest absolute difference.
+
+    Raises:
+        FederationError: If it is above :data:`TOLERANCE`.
+    """
+    import onnxruntime  # noqa: PLC0415 - an extra of the aggregator
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    worst = 0.0
+    for count in _BATCHES:
+        inputs = example(count)
+        expected = model(inputs).numpy()
+        given = np.asarray(session.run(None, {name: inputs.numpy()})[0])
+        if given.shape != expected.shape or not np.allclose(given, expected, rtol=TOLERANCE, atol=TOLERANCE):
+            raise FederationError("The ONNX model does not agree with torch, so nothing was exported.")
+        worst = max(worst, float(np.abs(given - expected).max()))
+    return worst
+
+
+def _card(record: RunRecord, checkpoint: Checkpoint, staging: Path, difference: float) -> dict[str, Any]:
+    """Return what a user of the model should know, as plain JSON values."""
+    final = final_round(record, checkpoint)
+    evaluation = final.evaluation if final else None
+    card: dict[str, Any] = finite(
+        {
+            "task": checkpoint.task,
+            "run": record.run,
+            "rounds": checkpoint.round,
+            "epsilon": record.plan.epsilon(checkpoint.round),
+            "delta": record.plan.delta,
+            "sites": sum(site.refused is None for site in record.sites),
+            "plan_digest": checkpoint.plan_digest,
+            "weights_sha256": checkpoint.sha256,
+            "onnx_sha256": hashlib.sha256((staging / "model.onnx").read_bytes()).hexdigest(),
+            "onnx_differs_by": difference,
+            "metrics": evaluation.metrics if evaluation else {},
+        }
+    )
+    return card

@@ -1,0 +1,128 @@
+"""Bad input: one clear sentence and a non-zero exit, never a traceback."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from server import cli
+from server.checkpoints import save_checkpoint
+from server.registry import COMPLETED, RoundRow
+from server.runs import find_run
+from shared.tasks.registry import find_task
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["fedward-server", *arguments])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    folder = str(tmp_path / "srv")
+    assert call(monkeypatch, "init", folder, "--name", "localhost", "--fleet-port", "9092") == 0
+    key = ec.generate_private_key(ec.SECP384R1()).public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    (tmp_path / "h1.pub").write_bytes(key + b" h1 declared-patients=200\n")
+    assert call(monkeypatch, "enrol", folder, str(tmp_path / "h1.pub"), "--name", "h1") == 0
+    (tmp_path / "plan.toml").write_text('task = "nodule-classification"\nrounds = 2\nepsilon = 8.0\n')
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["init", "SRV", "--name", "localhost"], "holds an aggregator already"),
+        (["init", "SRV2", "--name", "two words"], "neither a DNS name"),
+        (["init", "SRV2", "--name", "localhost", "--heldout", "nowhere"], "no prepared store"),
+        (["enrol", "SRV", "TMP/h1.pub"], "enrolled as h1 already"),
+        (["enrol", "SRV", "TMP/plan.toml"], "is no site.pub"),
+        (["enrol", "SRV", "TMP/nothing.pub"], "nothing.pub"),
+        (["enrol", "TMP", "TMP/h1.pub"], "holds no aggregator"),
+        (["revoke", "SRV", "h2"], "No site called h2"),
+        (["sites", "TMP"], "holds no aggregator"),
+        (["start", "TMP"], "holds no aggregator"),
+        (["run", "SRV", "TMP/nothing.toml"], "nothing.toml"),
+        (["run", "SRV", "TMP/h1.pub"], "not valid TOML"),
+        (["run", "SRV", "TMP/plan.toml", "--name", "../x"], "cannot name a run"),
+        (["run", "SRV", "TMP/plan.toml", "--init", "TMP/h1.pub"], "not a checkpoint"),
+        (["status", "SRV", "run-9"], "There is no run"),
+        (["logs", "SRV", "run-9"], "There is no run"),
+        (["stop", "SRV", "run-9"], "There is no run"),
+        (["resume", "SRV", "run-9"], "There is no run"),
+        (["report", "SRV", "run-9", "--out", "OUT"], "There is no run"),
+        (["export", "SRV", "run-9", "--out", "OUT"], "There is no run"),
+    ],
+)
+def test_wrong_input_is_one_sentence(
+    arguments: list[str],
+    said: str,
+    server: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    filled = [word.replace("SRV", server).replace("TMP", str(tmp_path)) for word in arguments]
+    capfd.readouterr()
+    assert call(monkeypatch, *filled) == 1
+    error = capfd.readouterr().err
+    assert said in error
+    assert error.startswith("fedward-server: ")
+    assert "Traceback" not in error
+    assert not (tmp_path / "srv" / "runs" / "run-1").exists()
+
+
+def test_a_run_is_submitted_stopped_and_reported_without_the_service(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    assert call(monkeypatch, "run", server, str(tmp_path / "plan.toml")) == 0
+    said = capfd.readouterr()
+    assert said.out == "run-1\n"
+    assert "The service is not running" in said.err
+    assert "nothing will be validated" in said.err
+    assert call(monkeypatch, "stop", server, "run-1") == 0
+    assert call(monkeypatch, "resume", server, "run-1") == 0
+    run = find_run(Path(server), "run-1")
+    model = find_task("nodule-classification").build()
+    run.registry().add_round("run-1", RoundRow(2, 1.0, None, {"h1": "ok"}))
+    save_checkpoint(
+        run.path / "checkpoints", model, run="run-1", number=2, task=run.plan.task, plan_digest=run.plan.digest
+    )
+    run.registry().end("run-1", COMPLETED)
+    assert call(monkeypatch, "report", server, "run-1", "--out", str(tmp_path / "out")) == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["rounds_completed"] == 2
+    assert (tmp_path / "out" / "report.html").exists()
+    capfd.readouterr()
+    assert call(monkeypatch, "status", server, "run-1", "--json") == 0
+    assert json.loads(capfd.readouterr().out)["status"] == COMPLETED
+    assert call(monkeypatch, "status", server, "run-1") == 0
+    assert "2/2" in capfd.readouterr().out
+
+
+def test_sites_are_shown_for_people_and_scripts(
+    server: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    assert call(monkeypatch, "sites", server, "--json") == 0
+    (row,) = json.loads(capfd.readouterr().out)
+    assert (row["name"], row["declared_patients"], row["revoked"], row["connected"]) == ("h1", 200, False, None)
+    assert call(monkeypatch, "revoke", server, "h1") == 0
+    assert call(monkeypatch, "sites", server) == 0
+    assert "revoked" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["fly"], ["init", "x"], ["run"]])
+def test_wrong_usage_exits_with_two(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call(monkeypatch, *arguments) == 2
+
+
+def test_help_shows_examples(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "run", "--help") == 0
+    assert "plan.toml --wait" in capfd.readouterr().out

@@ -1,0 +1,87 @@
+"""A published model computes what the trained one does."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from server import export
+from server.checkpoints import load_weights, save_checkpoint
+from server.registry import RoundRow, RunRecord, SiteRow
+from shared.errors import FederationError, PlanError, StorageError
+from shared.plan import RunPlan
+from shared.tasks import registry
+from shared.tasks.registry import all_tasks, find_task
+
+PLAN = RunPlan(
+    task="nodule-classification", rounds=2, local_steps=1, sample_rate=0.5, records_per_patient=1, max_grad_norm=1.0,
+    noise_multiplier=1.0, delta=1e-3, learning_rate=0.1,
+)  # fmt: skip
+SITES = (SiteRow("h1", 200, None), SiteRow("h2", None, "policy-refused"))
+RECORD = RunRecord("r", PLAN, "completed", None, SITES, (RoundRow(2, 1.0, None, {}),), {})
+
+
+def save(folder: Path) -> nn.Module:
+    model = find_task(PLAN.task).build().eval()
+    save_checkpoint(folder / "checkpoints", model, run="r", number=2, task=PLAN.task, plan_digest=PLAN.digest)
+    return model
+
+
+def test_both_files_compute_the_trained_model(tmp_path: Path) -> None:
+    model = save(tmp_path)
+    export.export_model(RECORD, tmp_path, tmp_path / "out")
+    images = torch.rand(5, 1, 28, 28)
+    expected = model(images).detach().numpy()
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"), providers=["CPUExecutionProvider"])
+    given = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+    np.testing.assert_allclose(given, expected, atol=1e-4)
+    again = find_task(PLAN.task).build().eval()
+    digest = load_weights(tmp_path / "out" / "model.safetensors", again)
+    assert torch.equal(again(images), model(images))
+    card = json.loads((tmp_path / "out" / "model.json").read_text())
+    onnx = hashlib.sha256((tmp_path / "out" / "model.onnx").read_bytes()).hexdigest()
+    assert (card["weights_sha256"], card["onnx_sha256"]) == (digest, onnx)
+    assert (card["task"], card["rounds"], card["sites"], card["delta"]) == (PLAN.task, 2, 1, 1e-3)
+    assert card["epsilon"] == pytest.approx(PLAN.epsilon(2))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "model.json", "model.onnx", "model.safetensors",
+    ]  # fmt: skip
+
+
+class Moody(nn.Module):
+    """Adds what the exporter cannot know of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.mood = 0.0
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values * self.weight + self.mood
+
+
+def test_a_model_that_onnx_computes_otherwise_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Moody()
+    export.write_onnx(model, lambda count: torch.rand(count, 3), tmp_path / "model.onnx")
+    assert export.check_onnx(model, lambda count: torch.rand(count, 3), tmp_path / "model.onnx") < 1e-6
+    model.mood = 0.01
+    with pytest.raises(FederationError, match="does not agree"):
+        export.check_onnx(model, lambda count: torch.rand(count, 3), tmp_path / "model.onnx")
+
+
+def test_without_checkpoint_or_example_there_is_no_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StorageError, match="no checkpoint yet"):
+        export.export_model(RECORD, tmp_path, tmp_path / "out")
+    save(tmp_path)
+    tasks = {PLAN.task: replace(find_task(PLAN.task), example=None)}
+    assert all_tasks()
+    monkeypatch.setattr(registry, "all_tasks", lambda: tasks)
+    with pytest.raises(PlanError, match="no example input"):
+        export.export_model(RECORD, tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
