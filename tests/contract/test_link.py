@@ -448,6 +448,24 @@ def test_a_kind_of_message_that_flower_does_not_know_gets_a_code(aggregator, dae
         assert aggregator.reply(identifier).error.reason == "bad-message"
 
 
+def test_pulling_ends_at_the_limit(aggregator, daemon, monkeypatch):
+    monkeypatch.setattr("client.link.MAX_MESSAGE_BYTES", 6 * 2**20)
+    node = aggregator.enrol(daemon.folder)
+    with link_of(daemon, Recorder()) as link:
+        pull, pulled = link._calls["PullObject"], []
+
+        def counting(*arguments, **options):
+            answer = pull(*arguments, **options)
+            pulled.append(len(answer.object_content))
+            return answer
+
+        link._calls["PullObject"] = counting
+        aggregator.ask(node, content(weights=noise(24 * 2**20)))
+        with pytest.raises(UnacceptableMessage):
+            link.receive()
+    assert 6 * 2**20 < sum(pulled) < 12 * 2**20, "one piece of 5 MiB past the limit, not five"
+
+
 def test_the_link_holds_no_way_to_fetch_code(daemon):
     calls = link_of(daemon, Recorder())._calls
     assert "PullMessages" in calls
