@@ -1,6 +1,7 @@
 """``fedward-server``: the operator's command. What is heavy is imported by the command that needs it."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -123,6 +124,8 @@ def start(server: Server) -> None:
 
     configure_logs()
     serve_forever(server)
+    sys.stderr.flush()
+    os._exit(0)  # all has ended; to unload torch and gRPC would take seconds and save nothing
 
 
 @app.command(epilog=_RUN_EXAMPLES)

@@ -101,6 +101,7 @@ class Supervisor:
         for child in self._children.values():
             if child.tend():
                 self._metrics.count_restart(child.name)
+                self._answered = False  # before the next child has a pid: nobody has asked it yet
         try:
             self._follow_members()
             self._dispatcher.follow(self._children[SUPEREXEC].generation)
