@@ -4,6 +4,9 @@ Privacy: see :mod:`shared.dp.step` for one step. Patients join each step indepen
 ``sample_rate`` (Poisson), the normaliser is ``sample_rate × declared_patients``, a public constant, and the
 number of steps is the plan's: nothing but the noised sums depends on who is in the store.
 
+A task may improve the model before the private steps from the global weights alone, and keep parts of the model out
+of them: :class:`shared.tasks.base.Task` says what it gets to see.
+
 FedProx (Li et al., "Federated Optimization in Heterogeneous Networks", 2020) adds mu/2 · ‖w - w_global‖² to what a
 site minimises. Its gradient mu · (w - w_global) depends on the global weights, which are public, and on the current
 ones, which are made of earlier noised sums: it is post-processing. So it is added after clipping and noise, just
@@ -86,7 +89,9 @@ def train_round(
     model = task.build().to(device)
     unpack(weights, model)
     model.train()
-    optimizer = make_optimizer(model, plan, round_number)
+    if task.post_process:
+        task.post_process(model, plan, round_number, randomness.augmentation)
+    optimizer = make_optimizer(hold_all_but(task.private(model), model), plan, round_number)
     if plan.strategy == FEDPROX:
         pull_back(optimizer, plan.proximal_mu)
 
@@ -115,6 +120,14 @@ def train_round(
         step(padded_parts(sampled(), plan.records_per_patient, draw))
     step.close()
     return pack(model)
+
+
+def hold_all_but(part: nn.Module, model: nn.Module) -> nn.Module:
+    """Fix every parameter of ``model`` but those of its ``part``, so that no patient moves it; return the part."""
+    moved = {id(parameter) for parameter in part.parameters() if parameter.requires_grad}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in moved)
+    return part
 
 
 def make_optimizer(model: nn.Module, plan: RunPlan, round_number: int) -> Optimizer:

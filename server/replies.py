@@ -74,7 +74,8 @@ def largest_update(plan: RunPlan, size: int, declared_patients: int) -> float:
     σC(√D + 10) with a probability below e⁻⁵⁰. Momentum multiplies the sum of steps by 1 / (1 - momentum) at most.
 
     With Adam (β₁ = 0.9, β₂ = 0.999) a step moves no weight by more than 7.3 learning rates, whatever the gradients:
-    |m| / √v ≤ (1 - β₁) / √((1 - β₂)(1 - β₁²/β₂)) by Cauchy and Schwarz.
+    |m| / √v ≤ (1 - β₁) / √((1 - β₂)(1 - β₁²/β₂)) by Cauchy and Schwarz. So do a generator's steps, whose Adam
+    (β₁ = 0.5, β₂ = 0.99) stays below 5.8.
 
     FedProx's pull only shortens the way, since the plan keeps ``learning_rate · proximal_mu`` below 1. Without
     privacy SGD has no bound: infinity.
@@ -84,12 +85,13 @@ def largest_update(plan: RunPlan, size: int, declared_patients: int) -> float:
         size: D, the number of weights.
         declared_patients: The site's.
     """
+    generated = plan.generator_steps * plan.generator_learning_rate * _ADAM_STEP * math.sqrt(size)
     if plan.optimizer == "adam":
-        return plan.local_steps * plan.learning_rate * _ADAM_STEP * math.sqrt(size)
+        return generated + plan.local_steps * plan.learning_rate * _ADAM_STEP * math.sqrt(size)
     if not plan.private:
         return math.inf
     expected = plan.sample_rate * declared_patients
     noise = plan.noise_multiplier * (math.sqrt(size) + 10.0) / expected
     # A site with very few expected patients may still sample one or two.
     step = plan.max_grad_norm * (_SIGNAL_SLACK * max(1.0, 1.0 / expected) + noise)
-    return plan.local_steps * plan.learning_rate * step / (1.0 - plan.momentum)
+    return generated + plan.local_steps * plan.learning_rate * step / (1.0 - plan.momentum)

@@ -94,15 +94,17 @@ class Progress:
     round: int = 0
     best: float = -math.inf
     best_round: int = 0
+    judged_round: int = 0
 
     def note(self, number: int, metric: float) -> None:
         """Take account of a round's held-out metric."""
+        self.judged_round = number
         if metric > self.best:
             self.best, self.best_round = metric, number
 
     def finished(self, plan: RunPlan) -> bool:
         """Whether all rounds are done or patience has run out: rounds not run are privacy not spent."""
-        stalled = bool(plan.patience) and self.round - self.best_round >= plan.patience
+        stalled = bool(plan.patience) and self.judged_round - self.best_round >= plan.patience
         return self.round >= plan.rounds or stalled
 
 
@@ -212,8 +214,11 @@ def _advance(run: _Run, progress: Progress) -> None:
         _LOG.warning("quorum lost", extra={"run": run.job.run, "round": number, "attempt": attempt})
         time.sleep(run.timing.retry_s)
     unpack(replies.aggregate(run.strategy, run.job.plan, number), progress.model)
+    if run.task.settle:
+        run.task.settle(progress.model)
     progress.round = number
-    evaluation = _judge(run.task, progress.model, run.job)
+    due = number % run.task.judged_every == 0 or number == run.job.plan.rounds
+    evaluation = _judge(run.task, progress.model, run.job) if due else None
     _record(run, progress, RoundRow(number, time.monotonic() - started, evaluation, outcomes))
 
 

@@ -30,6 +30,9 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "max_grad_norm": (1e-3, 1e3),
     "noise_multiplier": (0.0, MAX_NOISE_MULTIPLIER),
     "learning_rate": (1e-8, 1e3),
+    "generator_steps": (0, 10_000),
+    "generator_learning_rate": (1e-8, 1.0),
+    "generator_pause": (0.0, 1.0),
     "deadline_s": (0.1, 1e7),
     "proximal_mu": (1e-8, 1e3),
     "server_learning_rate": (1e-8, 1e3),
@@ -69,6 +72,10 @@ class RunPlan:
         proximal_mu: Of ``fedprox``: how strongly a site is pulled back to the global weights.
         server_learning_rate: Of ``fedadam`` and ``fedyogi``.
         tau: Of ``fedadam`` and ``fedyogi``: added to the root of the second moment.
+        generator_steps: Most updates of a generative model's generator in a round; they see no patient.
+        generator_learning_rate: Of its Adam, in the first round; it falls as ``schedule`` says.
+        generator_pause: The generator rests for the round once the discriminator recognises less than this share of
+            its images: so the discriminator gets as many more steps for each of the generator's as it needs.
         byzantine_sites: How many hostile sites ``median``, ``trimmed-mean``, ``krum`` and ``multi-krum`` withstand.
     """
 
@@ -95,6 +102,9 @@ class RunPlan:
     server_learning_rate: float = 0.1
     tau: float = 1e-3
     byzantine_sites: int = 1
+    generator_steps: int = 0
+    generator_learning_rate: float = 1e-3
+    generator_pause: float = 0.1
 
     def __post_init__(self) -> None:
         for name, (low, high) in _LIMITS.items():
@@ -132,7 +142,14 @@ class RunPlan:
         """Return the local learning rate of one round, counted from 1."""
         if self.schedule == "constant":
             return self.learning_rate
-        return self.learning_rate * (self.rounds + 1 - round_number) / self.rounds
+        return self.learning_rate * self._left(round_number)
+
+    def generator_learning_rate_in(self, round_number: int) -> float:
+        """Return the generator's learning rate of one round, counted from 1."""
+        return self.generator_learning_rate * (1.0 if self.schedule == "constant" else self._left(round_number))
+
+    def _left(self, round_number: int) -> float:
+        return (self.rounds + 1 - round_number) / self.rounds
 
     def mechanism(self, rounds: int) -> Mechanism:
         """Return what ``rounds`` rounds of this plan do to one site's patients."""

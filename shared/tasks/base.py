@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from shared.metrics import Estimate
+from shared.plan import RunPlan
 from shared.records import RecordStore
 
 
@@ -87,9 +88,19 @@ class Evaluation:
         return metric.value if isinstance(metric, Estimate) else metric
 
 
+def whole(model: nn.Module) -> nn.Module:
+    """Return all of the model, as the part that patients' gradients move."""
+    return model
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One thing that hospitals can train together.
+
+    A round at a site has two parts. First ``post_process`` may change the model by what is public already: it gets
+    the global weights, the plan and a generator of random numbers, and no patient. Then come the private steps, which
+    move the parameters of ``private`` alone; the rest of the model stands still. After the server has made one model
+    of the sites' replies, ``settle`` may change it once more.
 
     Attributes:
         name: The name in plans and policies.
@@ -100,6 +111,12 @@ class Task:
         loss: Returns ``(B,)``, each the mean over that patient's records; depends on no other patient.
         evaluate: Judges a model on a data set that the evaluating party owns.
         defaults: What a plan sets where its author says nothing (fields of :class:`shared.plan.RunPlan`).
+        private: Returns the part of the model that patients' gradients move; by default all of it.
+        post_process: Improves the model in place from the global weights alone, before a round's private steps:
+            ``(model, plan, round_number, generator)``. It gets nothing that depends on a patient but what was
+            released before, so it costs no privacy (Dwork and Roth, 2014, Proposition 2.1).
+        settle: Changes the aggregated model in place, at the server.
+        judged_every: The server evaluates after every so many rounds, and at the start and the end.
         example: Makes ``N`` random inputs of the model, ``(N, ...)``; without it the model cannot be exported.
     """
 
@@ -111,4 +128,8 @@ class Task:
     loss: Callable[[nn.Module, Batch], Tensor]
     evaluate: Callable[[nn.Module, RecordStore], Evaluation]
     defaults: Mapping[str, Any]
+    private: Callable[[nn.Module], nn.Module] = whole
+    post_process: Callable[[nn.Module, RunPlan, int, Generator], None] | None = None
+    settle: Callable[[nn.Module], None] | None = None
+    judged_every: int = 1
     example: Callable[[int], Tensor] | None = None

@@ -21,7 +21,7 @@ PLAN = RunPlan(
     delta=1e-3,
     learning_rate=0.5,
 )
-GOLDEN_DIGEST = "8948d98e2064c424"
+GOLDEN_DIGEST = "75e036235335033f"
 
 
 def test_digest_is_stable_across_versions() -> None:
@@ -40,6 +40,7 @@ def test_every_field_enters_the_digest() -> None:
         "learning_rate": 0.1, "schedule": "linear", "momentum": 0.9, "patience": 3, "min_sites": 2,
         "deadline_s": 60.0, "engine": "opacus", "seed": 1, "init": "abc",
         "strategy": "median", "proximal_mu": 0.5, "server_learning_rate": 0.2, "tau": 0.1, "byzantine_sites": 2,
+        "generator_steps": 5, "generator_learning_rate": 1e-4, "generator_pause": 0.3,
     }  # fmt: skip
     assert set(changed) == set(asdict(PLAN))
     digests = {replace(PLAN, **{name: value}).digest for name, value in changed.items()}
