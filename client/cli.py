@@ -1,6 +1,7 @@
 """``fedward-site``: the hospital's command. What is heavy is imported by the command that needs it."""
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from client.intake.nodules import IntakeReport
     from client.site import Site
 
-_CONSOLE, _ERRORS = Console(), Console(stderr=True)
+_CONSOLE, _ERRORS = Console(soft_wrap=True), Console(stderr=True)
 _EXAMPLES = """
 Examples, in the order of a hospital's first day:
 
@@ -96,7 +97,7 @@ def intake(
 @app.command(epilog="Example:  fedward-site start H1")
 def start(site: SiteFolder) -> None:
     """Serve the server's requests until SIGTERM or Ctrl-C."""
-    from client.daemon import Connection, run_daemon  # type: ignore[import-not-found, unused-ignore]
+    from client.daemon import Connection, run_daemon
     from shared.logs import configure_logs
 
     opened = _open(site)
@@ -109,6 +110,8 @@ def start(site: SiteFolder) -> None:
         server=policy.server, keep_alive_s=policy.keep_alive_s, proxy=policy.proxy, health_port=policy.health_port
     )
     run_daemon(site, connection, site=policy.name)
+    logging.shutdown()
+    os._exit(0)  # all is on disk; to take torch and gRPC apart in order would take seconds
 
 
 @app.command(epilog="Example:  fedward-site status H1 --json")
@@ -142,8 +145,8 @@ def ledger(site: SiteFolder, as_json: AsJson = False) -> None:
         table.add_row(*(_text(row[key]) for key in keys), row["committed_at"] or "not (yet)")
     _CONSOLE.print(table)
     for point in books["epsilon_at_delta"]:
-        _say(f"epsilon {_text(point['epsilon'])} at delta {point['delta']:g}")
-    left, most = _text(books["remaining"]), _text(books["max_epsilon"])
+        _say(f"epsilon {_bound(point['epsilon'])} at delta {point['delta']:g}")
+    left, most = _bound(books["remaining"]), _bound(books["max_epsilon"])
     _say(f"{left} of max-epsilon {most} left, at max-delta {books['max_delta']:g}")
 
 
@@ -222,9 +225,16 @@ def _workers(wanted: int | None) -> int:
     return min(wanted or cores, cores)
 
 
+def _bound(value: float | None) -> str:
+    """Return an epsilon as text; JSON has no infinity, so it comes as ``None``."""
+    return "unbounded" if value is None else _text(value)
+
+
 def _text(value: object) -> str:
     if value is None:
-        return "unbounded"
+        return "-"
+    if isinstance(value, tuple):
+        return ", ".join(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

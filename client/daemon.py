@@ -24,7 +24,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from client.channel import Backoff, Endpoint
 from client.keys import read_authority, read_key, server_fingerprint
 from client.link import Link, LinkRefused, Stopped, UnacceptableMessage
-from client.status import Status
+from client.status import HEALTH_PORT_FILE, Status
 from shared.errors import ErrorCode, PolicyError, StorageError
 from shared.files import storage_errors, write_atomic
 from shared.messages import CONFIG, error_code, error_reply
@@ -87,6 +87,7 @@ def run_daemon(
         signals = stack.enter_context(_signals())
         if connection.health_port >= 0:
             port = stack.enter_context(serve(status.registry, status.health, connection.health_port))
+            write_atomic(folder / HEALTH_PORT_FILE, str(port).encode())
             _LOG.info("health", extra={"port": port})
         _LOG.info("started", extra={"pid": os.getpid(), "server": connection.server, "site": site})
         worker = Thread(target=daemon.run, name="worker", daemon=True)
@@ -127,8 +128,6 @@ def node_config(folder: Path) -> dict[str, str | int | float | bool]:
 
 def answer(app: App, message: Message, context: Context) -> Message:
     """Let ``app`` answer; whatever goes wrong becomes a bare error code, and nothing else ever leaves."""
-    if message.metadata.message_type not in _KINDS:
-        return error_reply(ErrorCode.BAD_MESSAGE, message)
     try:
         reply = app(message, context)
         if reply.metadata.reply_to_message_id != message.metadata.message_id:

@@ -11,11 +11,11 @@ from urllib.request import ProxyHandler, build_opener
 
 from client.audit_check import verify
 from client.site import STORE, Site
+from client.status import HEALTH_PORT_FILE
 from shared.errors import StorageError
 from shared.records import RecordStore
 from shared.telemetry import LOOPBACK
 
-HEALTH_PORT_FILE = "health-port"
 _HEALTH_S = 2.0
 
 

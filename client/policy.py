@@ -6,7 +6,7 @@ import numpy as np
 
 from client.config import SitePolicy
 from shared.accounting import Mechanism, epsilon_of
-from shared.errors import BudgetExceeded, PolicyError
+from shared.errors import BudgetExceeded, ErrorCode, PolicyError
 from shared.plan import RunPlan
 from shared.tasks.base import Task
 from shared.tasks.registry import find_task
@@ -73,4 +73,6 @@ def check_hours(moment: datetime, policy: SitePolicy) -> None:
         PolicyError: Outside the hours of ``site.toml``.
     """
     if not policy.opening_hours.permit(moment):
-        raise PolicyError(f"New rounds train here only at {policy.hours} ({', '.join(policy.days)}).")
+        raise PolicyError(
+            f"New rounds train here only at {policy.hours} ({', '.join(policy.days)}).", ErrorCode.OUTSIDE_HOURS
+        )

@@ -9,7 +9,7 @@ from cryptography import x509
 from client.config import SitePolicy
 from client.intake.nodules import IntakeReport, Progress, prepare_nodules
 from client.intake.pseudonyms import load_or_create_secret
-from client.keys import make_key  # type: ignore[import-not-found, unused-ignore]
+from client.keys import make_key
 from client.site import LEDGER, POLICY, STORE, Site, open_books
 from shared.errors import IntakeError, StorageError
 from shared.files import storage_errors, sync_directory, write_atomic

@@ -43,6 +43,7 @@ class Timing:
         reconsider_s: After how long a connected node that refused is asked whether it takes part now.
         attempts: How often a round is tried before the run fails.
         retry_s: Between two attempts.
+        closed_s: For how long a round waits for sites that train at certain hours only.
     """
 
     grace_s: float = 120.0
@@ -53,9 +54,10 @@ class Timing:
     reconsider_s: float = 600.0
     attempts: int = 3
     retry_s: float = 10.0
+    closed_s: float = 4 * 86_400.0
 
 
-SIMULATED = Timing(attempts=1, silent_s=math.inf, query_s=math.inf)
+SIMULATED = Timing(attempts=1, silent_s=math.inf, query_s=math.inf, closed_s=0.0)
 """In one process nothing is lost or comes back, and a node is silent only because it is not its turn yet."""
 
 

@@ -128,7 +128,7 @@ def _card(record: RunRecord, checkpoint: Checkpoint, staging: Path, difference: 
             "delta": record.plan.delta,
             "sites": sum(site.refused is None for site in record.sites),
             "plan_digest": checkpoint.plan_digest,
-            "weights_sha256": checkpoint.sha256,
+            "sha256": checkpoint.sha256,
             "onnx_sha256": hashlib.sha256((staging / "model.onnx").read_bytes()).hexdigest(),
             "onnx_differs_by": difference,
             "metrics": evaluation.metrics if evaluation else {},

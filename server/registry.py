@@ -37,6 +37,7 @@ OK, LATE, VANISHED, ASKED = "ok", "late", "vanished", "asked"
 """What came of a site in a round: a usable reply, none in time, none since its connection went, none yet."""
 NOTHING_SPENT = frozenset(
     {ErrorCode.BAD_PLAN, ErrorCode.UNKNOWN_TASK, ErrorCode.POLICY_REFUSED, ErrorCode.BUDGET_EXCEEDED}
+    | {ErrorCode.OUTSIDE_HOURS}
 )
 """Refusals that a site makes before it reserves anything."""
 RUNNING, COMPLETED, FAILED, STOPPED = "running", "completed", "failed", "stopped"

@@ -11,7 +11,7 @@ quorum is asked for again in the same way.
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -199,20 +199,22 @@ def _advance(run: _Run, progress: Progress) -> None:
     """Run one round and record it; a lost quorum is tried again as often as ``Timing.attempts`` says."""
     number, started = progress.round + 1, time.monotonic()
     request = TrainRequest(run.job.run, number, run.job.plan, pack(progress.model))
-    for attempt in range(1, run.timing.attempts + 1):
+    attempt = 1
+    while True:
         replies, outcomes = _ask(run, request)
-        enough = sum(outcome == OK for outcome in outcomes.values()) >= run.job.plan.quorum
-        if enough:
+        if _count(outcomes, {OK}) >= run.job.plan.quorum:
             break
-        run.register(RoundRow(number, time.monotonic() - started, None, outcomes, aggregated=False))
-        hopeful = sum(outcome in _MAY_RECOVER for outcome in outcomes.values()) >= run.job.plan.quorum
-        if not hopeful or attempt == run.timing.attempts:
+        waited_s = time.monotonic() - started
+        run.register(RoundRow(number, waited_s, None, outcomes, aggregated=False))
+        closed = _closed(run, outcomes) and waited_s < run.timing.closed_s
+        if not closed and (attempt == run.timing.attempts or _count(outcomes, _MAY_RECOVER) < run.job.plan.quorum):
             raise FederationError(
                 f"Round {number} got too few usable replies; {run.job.plan.quorum} are required: {outcomes}.",
                 ErrorCode.QUORUM_LOST,
             )
         _LOG.warning("quorum lost", extra={"run": run.job.run, "round": number, "attempt": attempt})
-        time.sleep(run.timing.retry_s)
+        attempt += not closed
+        time.sleep(run.timing.reconsider_s if closed else run.timing.retry_s)
     unpack(replies.aggregate(run.strategy, run.job.plan, number), progress.model)
     if run.task.settle:
         run.task.settle(progress.model)
@@ -220,6 +222,16 @@ def _advance(run: _Run, progress: Progress) -> None:
     due = number % run.task.judged_every == 0 or number == run.job.plan.rounds
     evaluation = _judge(run.task, progress.model, run.job) if due else None
     _record(run, progress, RoundRow(number, time.monotonic() - started, evaluation, outcomes))
+
+
+def _count(outcomes: Mapping[str, str], among: Collection[str]) -> int:
+    return sum(outcome in among for outcome in outcomes.values())
+
+
+def _closed(run: _Run, outcomes: Mapping[str, str]) -> bool:
+    """Whether there would be a quorum, were it not for sites that train at certain hours only."""
+    shut = ErrorCode.OUTSIDE_HOURS
+    return shut in outcomes.values() and _count(outcomes, {*_MAY_RECOVER, shut}) >= run.job.plan.quorum
 
 
 def _ask(run: _Run, request: TrainRequest) -> tuple[Replies, dict[str, str]]:
@@ -245,7 +257,7 @@ def _ask(run: _Run, request: TrainRequest) -> tuple[Replies, dict[str, str]]:
             outcomes[site] = OK
 
     def enough() -> bool:
-        return sum(outcome == OK for outcome in outcomes.values()) >= plan.quorum
+        return _count(outcomes, {OK}) >= plan.quorum
 
     question = Question(request.to_content(), MessageType.TRAIN, str(request.round), plan.deadline_s)
     silent = exchange(run.grid, question, list(sites), run.cohort.presence, run.timing, take, enough)

@@ -21,6 +21,7 @@ class ErrorCode(StrEnum):
     BAD_PLAN = "bad-plan"
     UNKNOWN_TASK = "unknown-task"
     POLICY_REFUSED = "policy-refused"
+    OUTSIDE_HOURS = "outside-hours"
     BUDGET_EXCEEDED = "budget-exceeded"
     BAD_INTAKE = "bad-intake"
     BAD_MESSAGE = "bad-message"

@@ -1,4 +1,7 @@
-"""Metrics over scikit-learn and NumPy; pure functions."""
+"""Metrics over scikit-learn and NumPy; pure functions.
+
+scikit-learn is imported where it is used: a hospital's daemon knows every task but judges none.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,8 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
-from sklearn.calibration import calibration_curve
-from sklearn.metrics import brier_score_loss, confusion_matrix, roc_auc_score, roc_curve
 
 _RESAMPLES = 1000
 _CURVE_POINTS = 200
@@ -27,6 +28,8 @@ class Estimate:
 
 def auroc(labels: Labels, scores: Scores) -> float:
     """Return the area under the ROC curve; NaN where only one class is present."""
+    from sklearn.metrics import roc_auc_score  # noqa: PLC0415 - see the module
+
     if len(np.unique(labels)) < 2:
         return float("nan")
     return float(roc_auc_score(labels, scores))
@@ -65,6 +68,8 @@ def binary_metrics(labels: Labels, scores: Scores, threshold: float = 0.5) -> di
 
     A ratio without cases (precision where nothing was called positive) is 0.
     """
+    from sklearn.metrics import brier_score_loss, confusion_matrix  # noqa: PLC0415 - see the module
+
     predicted = (scores >= threshold).astype(np.int64)
     true_negative, false_positive, false_negative, true_positive = (
         int(count) for count in confusion_matrix(labels, predicted, labels=[0, 1]).ravel()
@@ -86,6 +91,9 @@ def binary_metrics(labels: Labels, scores: Scores, threshold: float = 0.5) -> di
 
 def classification_curves(labels: Labels, scores: Scores, threshold: float = 0.5) -> dict[str, Any]:
     """Return what a report draws: ROC, calibration and confusion matrix, as plain lists."""
+    from sklearn.calibration import calibration_curve  # noqa: PLC0415 - see the module
+    from sklearn.metrics import confusion_matrix, roc_curve  # noqa: PLC0415
+
     observed, predicted = calibration_curve(
         labels, scores.clip(0.0, 1.0), n_bins=_CALIBRATION_BINS, strategy="quantile"
     )

@@ -16,6 +16,7 @@ from client.app import app as hospital_app
 from client.channel import Backoff, LinkFault
 from client.daemon import Connection, answer, node_config, poll_pause_s, run_daemon
 from client.keys import make_key
+from client.site import AUDIT, open_books
 from client.status import Status
 from shared.errors import PolicyError, StorageError
 
@@ -48,12 +49,6 @@ def failing(error):
     return app
 
 
-@pytest.mark.parametrize("kind", ["train.more", "query.patients", "system", "reconnect"])
-def test_a_message_of_an_unknown_kind_does_not_reach_the_app(tmp_path, kind):
-    reply = answer(failing(AssertionError("it did")), message(kind), context(tmp_path))
-    assert reply.error.reason == "bad-message"
-
-
 @pytest.mark.parametrize("error", [RuntimeError("Doe^Jane"), MemoryError(), SystemExit(3), RecursionError()])
 def test_a_failure_leaves_as_a_bare_code(tmp_path, error):
     reply = answer(failing(error), message(), context(tmp_path))
@@ -74,9 +69,12 @@ def test_an_answer_to_another_message_does_not_leave(tmp_path):
     assert answer(app, message(), context(tmp_path)).error.reason == "internal"
 
 
-def test_the_hospitals_own_app_answers_nonsense_with_a_code(tmp_path):
-    for kind in ("train", "query", "evaluate"):
-        assert answer(hospital_app, message(kind), context(tmp_path)).error.reason == "bad-message"
+@pytest.mark.parametrize("kind", ["train", "query", "evaluate", "train.more", "system", "reconnect"])
+def test_the_hospitals_own_app_answers_nonsense_with_a_code_and_a_line_in_the_audit_log(tmp_path, kind):
+    open_books(tmp_path)
+    before = (tmp_path / AUDIT).read_text().count("\n")
+    assert answer(hospital_app, message(kind), context(tmp_path)).error.reason == "bad-message"
+    assert (tmp_path / AUDIT).read_text().count("\n") == before + 1
 
 
 def test_the_seed_of_a_test_reaches_the_app_in_a_test_only(folder, monkeypatch):

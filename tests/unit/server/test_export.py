@@ -46,7 +46,7 @@ def test_both_files_compute_the_trained_model(tmp_path: Path) -> None:
     assert torch.equal(again(images), model(images))
     card = json.loads((tmp_path / "out" / "model.json").read_text())
     onnx = hashlib.sha256((tmp_path / "out" / "model.onnx").read_bytes()).hexdigest()
-    assert (card["weights_sha256"], card["onnx_sha256"]) == (digest, onnx)
+    assert (card["sha256"], card["onnx_sha256"]) == (digest, onnx)
     assert (card["task"], card["rounds"], card["sites"], card["delta"]) == (PLAN.task, 2, 1, 1e-3)
     assert card["epsilon"] == pytest.approx(PLAN.epsilon(2))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

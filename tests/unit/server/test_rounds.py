@@ -246,6 +246,27 @@ def test_a_round_is_tried_again_only_while_there_is_hope(tmp_path: Path, code: E
     assert len(grid.requests) == 3 * attempts
 
 
+def test_a_round_waits_for_the_hours_of_a_site_without_counting_attempts(tmp_path: Path) -> None:
+    closed = iter([ErrorCode.OUTSIDE_HOURS] * (QUICK.attempts + 2))
+
+    def opens(request: TrainRequest, message: Message) -> Message:
+        code = next(closed, None)
+        return error_reply(code, message) if code else honest(1)(request, message)
+
+    grid = ScriptedGrid({1: opens})
+    plan, timing = replace(PLAN, rounds=1, min_sites=3), replace(QUICK, reconsider_s=0.0)
+    run_federation(grid, Job("r", plan, tmp_path, None, members=grid.members, max_update_norm=NORM_CAP, timing=timing))
+    assert outcomes(tmp_path) == [{"site-1": OK, "site-2": OK, "site-3": OK}]
+
+
+def test_a_round_does_not_wait_for_hours_for_ever(tmp_path: Path) -> None:
+    grid = ScriptedGrid({1: lambda _request, message: error_reply(ErrorCode.OUTSIDE_HOURS, message)})
+    plan, timing = replace(PLAN, min_sites=3), replace(QUICK, reconsider_s=0.0, closed_s=0.0)
+    job = Job("r", plan, tmp_path, None, members=grid.members, max_update_norm=NORM_CAP, timing=timing)
+    with pytest.raises(FederationError, match="Round 1"):
+        run_federation(grid, job)
+
+
 def test_a_site_that_was_asked_before_a_crash_and_then_stays_away_counts_as_spent(tmp_path: Path) -> None:
     grid = ScriptedGrid({})
 
