@@ -8,7 +8,7 @@ from typing import Any
 
 from server.checkpoints import Checkpoint
 from server.registry import RunRecord, SiteRow
-from server.summary import final_round
+from server.summary import final_evaluation
 from shared.errors import PlanError
 from shared.metrics import Estimate
 from shared.tasks.base import Evaluation
@@ -20,7 +20,16 @@ _BASELINE_LABELS = {
     LOCAL: "Each hospital alone, no privacy (mean)",
     SIZE_ONLY: "Nodule diameter alone, no network",
 }
-_ACRONYMS = {"auroc": "AUROC", "brier": "Brier score", "f1": "F1", "froc": "FROC", "mae": "MAE", "rmse": "RMSE"}
+_ACRONYMS = {
+    "tstr_auroc": "AUROC trained on synthetic, tested on real",
+    "real_auroc": "AUROC trained on real, tested on real",
+    "auroc": "AUROC",
+    "brier": "Brier score",
+    "f1": "F1",
+    "froc": "FROC",
+    "mae": "MAE",
+    "rmse": "RMSE",
+}
 _DRAWN_STEPS = 20
 
 
@@ -47,8 +56,7 @@ class Findings:
     @cached_property
     def evaluation(self) -> Evaluation | None:
         """The held-out evaluation of the saved model."""
-        final = final_round(self.record, self.checkpoint)
-        return final.evaluation if final else None
+        return final_evaluation(self.record, self.checkpoint)
 
     @cached_property
     def metric(self) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Sequence
 from html import escape
 
 UNKNOWN = "–"
-_VOID = frozenset({"br", "hr", "meta"})
+_VOID = frozenset({"br", "hr", "img", "meta"})
 
 
 class Markup(str):

@@ -29,6 +29,7 @@ from server.markup import (
 )
 from server.quality import comparison, quality
 from server.registry import COMPLETED, FAILED, RunRecord
+from server.samples import remarks, samples
 from server.summary import start, timings
 from shared.files import write_atomic
 
@@ -55,6 +56,7 @@ def render(record: RunRecord, checkpoint: Checkpoint | None) -> str:
     findings = Findings(record, checkpoint)
     parts = (
         quality(findings),
+        samples(findings),
         comparison(findings),
         privacy(findings),
         course(findings),
@@ -144,6 +146,7 @@ def _remarks(findings: Findings) -> list[Markup]:
         found.append(box("No privacy guarantee", sentence, kind="warning"))
     if findings.evaluation is None:
         found.append(box("Nothing was validated", "No held-out set judged this model.", kind="warning"))
+    found += remarks(findings)
     if data := record.notes.get("data"):
         found.append(box("What the data are", _prose(data)))
     return found

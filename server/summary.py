@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,10 @@ from server.checkpoints import Checkpoint
 from server.registry import RoundRow, RunRecord, SiteRow, finite
 from shared.files import write_atomic
 from shared.plan import RANDOM_START
+from shared.tasks.base import Evaluation
+
+EXAMINATION = "examination"
+"""Name of the note that holds metrics of the final model which the server alone could not measure."""
 
 
 def summarise(record: RunRecord, checkpoint: Checkpoint | None) -> dict[str, Any]:
@@ -20,8 +25,7 @@ def summarise(record: RunRecord, checkpoint: Checkpoint | None) -> dict[str, Any
         record: The run as registered.
         checkpoint: The latest saved model, if there is one.
     """
-    final = final_round(record, checkpoint)
-    evaluation = final.evaluation if final else None
+    evaluation = final_evaluation(record, checkpoint)
     summary = {
         "task": record.plan.task,
         "run": record.run,
@@ -60,6 +64,15 @@ def final_round(record: RunRecord, checkpoint: Checkpoint | None) -> RoundRow | 
     """
     rows = [row for row in record.rounds if checkpoint is None or row.round <= checkpoint.round]
     return rows[-1] if rows else None
+
+
+def final_evaluation(record: RunRecord, checkpoint: Checkpoint | None) -> Evaluation | None:
+    """Return the evaluation of the saved model, with what was found out about it after the run, if anything was."""
+    final = final_round(record, checkpoint)
+    found = record.notes.get(EXAMINATION)
+    if final is None or final.evaluation is None or not isinstance(found, Mapping):
+        return final.evaluation if final else None
+    return replace(final.evaluation, metrics={**final.evaluation.metrics, **found})
 
 
 def start(record: RunRecord) -> str:

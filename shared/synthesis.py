@@ -65,7 +65,7 @@ def generated_patches(model: ConditionalGan, labels: Tensor, seed: int) -> Patch
     return Patches(model.sample(labels, Generator().manual_seed(seed))[:, 0], labels)
 
 
-def train_classifier(patches: Patches, seed: int, steps: int = STEPS) -> nn.Module:
+def train_classifier(patches: Patches, seed: int, steps: int = STEPS) -> LungCTNet:
     """Return a LungCTNet trained on ``patches``, both classes equally often, turned and shifted at random."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -99,7 +99,7 @@ def features(classifier: LungCTNet, patches: Patches) -> npt.NDArray[np.float64]
     return torch.cat([last(classifier.features(part)) for part in parts]).double().numpy()
 
 
-def fidelity(classifier: nn.Module, real: Patches, generated: Patches) -> dict[str, float]:
+def fidelity(classifier: LungCTNet, real: Patches, generated: Patches) -> dict[str, float]:
     """Return how far generated patches are from real ones; all are NaN where there are too few to say.
 
     Args:
@@ -108,7 +108,7 @@ def fidelity(classifier: nn.Module, real: Patches, generated: Patches) -> dict[s
         generated: To be judged.
     """
     names = ("frechet_distance", "kernel_distance", "precision", "recall", "histogram_distance", "spectrum_distance")
-    if len(real) < _FEWEST or not isinstance(classifier, LungCTNet):
+    if len(real) < _FEWEST:
         return dict.fromkeys(names, float("nan"))
     spaces = features(classifier, real), features(classifier, generated)
     pixels = real.images.double().numpy(), generated.images.double().numpy()
@@ -163,7 +163,7 @@ def thin(patches: Patches, most: int = _MOST) -> Patches:
     return patches.at(torch.arange(0, len(patches), max(1, -(-len(patches) // most))))
 
 
-def summary(values: Mapping[str, Any]) -> list[str]:
+def faults(values: Mapping[str, Any]) -> list[str]:
     """Return codes of what is wrong with a generator, from its diagnostics."""
     found = []
     if not values["finite"]:

@@ -34,6 +34,7 @@ from shared.synthesis import (
     CLASSES,
     Patches,
     as_data_url,
+    faults,
     fidelity,
     generated_patches,
     halves,
@@ -41,7 +42,6 @@ from shared.synthesis import (
     malignancy,
     real_patches,
     samples_sheet,
-    summary,
     thin,
     train_classifier,
 )
@@ -175,7 +175,7 @@ def evaluate(model: nn.Module, store: RecordStore) -> Evaluation:
         by_group={},
         details={
             "samples": as_data_url(samples_sheet(others, matched)),
-            "warnings": summary(diagnostics),
+            "warnings": faults(diagnostics),
             "cases": students.details["cases"],
             "positives": students.details["positives"],
         },
