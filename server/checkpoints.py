@@ -93,3 +93,13 @@ def load_weights(path: Path, model: nn.Module, sha256: str | None = None) -> str
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise StorageError(f"{path} is not a checkpoint of this task's model.") from error
     return digest
+
+
+def checkpoint_sha256(path: Path) -> str:
+    """Return the SHA-256 of a weights file, by which a plan names it.
+
+    Raises:
+        StorageError: If it cannot be read.
+    """
+    with storage_errors(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Generator, Tensor, nn
 
+from shared.errors import StorageError
 from shared.forecast_metrics import QUANTILES, by_part, judge
 from shared.models.recurrent import GLUCOSE_SCALE, GlucoseForecaster
 from shared.records import RecordStore
@@ -78,9 +79,21 @@ def forecast(model: nn.Module, readings: Tensor) -> npt.NDArray[np.float64]:
 
 def evaluate(model: nn.Module, store: RecordStore) -> Evaluation:
     """Judge the forecasts inside the last readings of every segment; see :mod:`shared.tasks.cgm_windows`."""
+    windows = usable_windows(store)
+    return judge_windows(forecast(model, readings_at(store, windows.rows)), windows)
+
+
+def usable_windows(store: RecordStore) -> Windows:
+    """Return the judged windows that have as much history as the model looks at.
+
+    Raises:
+        StorageError: If there is none.
+    """
     windows = judged_windows(store)
     windows = windows.subset(np.isfinite(windows.history[:, -HISTORY]))
-    return judge_windows(forecast(model, readings_at(store, windows.rows)), windows)
+    if not len(windows):
+        raise StorageError("No segment is long enough to judge a forecast in; give more days of readings.")
+    return windows
 
 
 def judge_windows(quantiles: npt.NDArray[Any], windows: Windows) -> Evaluation:
