@@ -103,7 +103,7 @@ def train_round(
         engine=plan.engine,
     )
     for _ in range(plan.local_steps):
-        step(padded_parts(sampled(), plan.records_per_patient, draw, task.records_at_once))
+        step(padded_parts(sampled(), plan.records_per_patient, draw))
     step.close()
     return pack(model)
 

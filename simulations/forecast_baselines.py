@@ -24,6 +24,7 @@ LAGS: Final = 24
 ARIMA_ORDER: Final = (2, 1, 1)
 ARIMA_WINDOWS: Final = 100
 """Windows of each hospital that ARIMA is judged on, evenly spaced among all."""
+_ARIMA_ITERATIONS: Final = 50
 _RIDGE: Final = 1.0
 _LEVEL_MG_DL: Final = 120.0
 _LINE_READINGS: Final = 4
@@ -56,7 +57,7 @@ def forecast_baselines(training: Mapping[str, RecordStore], judged: RecordStore)
         "linear_ar_pooled": lambda _: pooled,
     }
     results = {name: describe(_judged(choose, samples, everybody, windows)) for name, choose in methods.items()}
-    return {**results, "arima": describe(judge_arima(windows))}
+    return {**results, "arima": describe(judge_arima(windows, ARIMA_WINDOWS))}
 
 
 def training_windows(store: RecordStore, history: int) -> Matrix:
@@ -98,7 +99,7 @@ def _regressors(history: Matrix) -> Matrix:
     return np.concatenate([history[:, :-1] - last, last - _LEVEL_MG_DL, np.ones_like(last)], axis=1)
 
 
-def judge_arima(windows: Windows, each: int = ARIMA_WINDOWS) -> Evaluation:
+def judge_arima(windows: Windows, each: int) -> Evaluation:
     """Judge ARIMA, fitted to each window's history alone, on ``each`` windows of every hospital."""
     chosen = np.concatenate([_evenly(np.flatnonzero(windows.site == code), each) for code in np.unique(windows.site)])
     sample = windows.subset(chosen)
@@ -114,7 +115,11 @@ def arima(history: npt.NDArray[np.floating[Any]]) -> Matrix:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of starting values and convergence, window by window
         try:
-            coming = ARIMA(readings, order=ARIMA_ORDER).fit().get_forecast(HORIZON)
+            coming = (
+                ARIMA(readings, order=ARIMA_ORDER)
+                .fit(method_kwargs={"maxiter": _ARIMA_ITERATIONS})
+                .get_forecast(HORIZON)
+            )
             low, high = coming.conf_int(alpha=0.1).T
         except (ValueError, np.linalg.LinAlgError):
             return np.full((HORIZON, len(QUANTILES)), readings[-1])

@@ -139,8 +139,8 @@ def coarse(patients: int) -> int:
 
 
 def _prepared(target: Path, source: Path, task: str, secret: bytes, workers: int, progress: Progress) -> RecordStore:
-    if not source.is_dir():
-        raise StorageError(f"There is no folder {source}. Give one folder per hospital.")
+    if not source.is_dir() and not (source.is_file() and ".csv" in source.suffixes):
+        raise StorageError(f"There is no folder {source}. Give one folder per hospital, or one CSV of its glucose.")
     if _is_store(source):
         return RecordStore.open(_store_folder(source))
     try:

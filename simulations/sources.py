@@ -5,9 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from client.intake.glucose import prepare_glucose
 from client.intake.nodules import prepare_nodules
 from shared.errors import PlanError
 from shared.records import RecordStore
+from shared.tasks.cgm_windows import split_in_time
+from simulations.forecast_baselines import forecast_baselines
+from simulations.generators.glucose import generate_glucose_hospitals
 from simulations.generators.hospitals import generate_hospitals
 
 Progress = Callable[[str, int, int], None]
@@ -39,6 +43,10 @@ def _prepare_ct_nodules(raw: Path, store: Path, secret: bytes, workers: int, pro
     prepare_nodules(raw, raw / "annotations.csv", store, secret, on_progress=progress, workers=workers)
 
 
+def _prepare_glucose(raw: Path, store: Path, secret: bytes, _workers: int, progress: Progress) -> None:
+    prepare_glucose(raw, store, secret, on_progress=progress)
+
+
 SOURCES = {
     "nodule-classification": Source(
         generate=generate_hospitals,
@@ -48,7 +56,18 @@ SOURCES = {
             "radiologists), lung texture and scanner noise are simulated. A score on such images is "
             "no clinical claim."
         ),
-    )
+    ),
+    "glucose-forecast": Source(
+        generate=generate_glucose_hospitals,
+        prepare=_prepare_glucose,
+        origin=(
+            "Simulated glucose: patients of Bergman's minimal model with Hovorka's absorption of meals and insulin, "
+            "and the errors of sensors and of people. A score on such records is no clinical claim."
+        ),
+        split=split_in_time,
+        start=Path(__file__).with_name("starts") / "glucose-forecast.safetensors",
+        baselines=forecast_baselines,
+    ),
 }
 
 

@@ -6,21 +6,26 @@ rejected series is counted once more, as a series.
 """
 
 from enum import StrEnum
+from typing import Self
 
 
-class RejectCode(StrEnum):
-    """A reason for rejection, what it counts (``unit``) and what it means to the hospital's staff."""
+class _Code(StrEnum):
+    """A reason, what it counts (``unit``) and what it means to the hospital's staff."""
 
     unit: str
     meaning: str
 
-    def __new__(cls, code: str, unit: str, meaning: str) -> "RejectCode":
+    def __new__(cls, code: str, unit: str, meaning: str) -> Self:
         """Make a member whose value is ``code`` alone."""
         member = str.__new__(cls, code)
         member._value_ = code
         member.unit = unit
         member.meaning = meaning
         return member
+
+
+class RejectCode(_Code):
+    """Why a part of a DICOM export or of its annotations is left out."""
 
     # Files, in the order of the checks.
     SYMLINK = "symlink", "file", "a symbolic link; links are never followed"
@@ -75,6 +80,38 @@ class RejectCode(StrEnum):
     OUTSIDE_VOLUME = "outside-volume", "annotation", "a centre outside the scanned volume"
     MISSING_SLICES = "missing-slices", "annotation", "a gap between the slices that the nodule needs"
     UNDECODABLE = "undecodable", "annotation", "a slice that the nodule needs cannot be decoded"
+
+
+class GlucoseCode(_Code):
+    """What became of parts of a glucose export. Every row is used or counted under one code of unit ``row``."""
+
+    # Files.
+    SYMLINK = "symlink", "file", "a symbolic link; links are never followed"
+    NOT_CSV = "not-csv", "file", "not named .csv, .tsv or .txt (also with .gz)"
+    UNREADABLE = "unreadable", "file", "cannot be opened or unpacked to its end"
+    EMPTY = "empty", "file", "nothing in it"
+    COLUMNS_MISSING = "columns-missing", "file", "no header row with the columns of a known export"
+    UNKNOWN_TIMES = "unknown-times", "file", "times whose form or zone is not known"
+    DATE_SERIALS = "date-serials", "file", "times as a spreadsheet's date serials"
+    MIXED_UNITS = "mixed-units", "file", "mmol/L and mg/dL under one heading"
+
+    # Rows.
+    OTHER_ROW = "other-row", "row", "an event of another kind, or no value"
+    BAD_ROW = "bad-row", "row", "a patient, time or value that is absent or cannot be read"
+    OUT_OF_RANGE = "out-of-range", "row", "a glucose outside 20 to 600 mg/dL"
+    CLOCK_CHANGE = "clock-change", "row", "a local time that the change of clocks skips or repeats"
+    DUPLICATE_READING = "duplicate-reading", "row", "repeats another row; one is kept"
+    CONFLICTING_READING = "conflicting-reading", "row", "another value at the same time (none is kept)"
+    STUCK_SENSOR = "stuck-sensor", "row", "one value for three hours or longer"
+    SHORT_SEGMENT_READING = "short-segment-reading", "row", "belongs to a segment that is too short"
+    OUTSIDE_SEGMENTS = "outside-segments", "row", "insulin or carbohydrates outside every segment that is kept"
+
+    # What the rows made. Not a loss of rows.
+    LIMIT_WORD = "limit-word", "reading", "'Low' or 'High', taken as the sensor's limit, 40 or 400 mg/dL"
+    SHORT_GAP = "short-gap", "gap", "a gap of up to 45 minutes, interpolated"
+    LONG_GAP = "long-gap", "gap", "a longer gap, which ends a segment"
+    SHORT_SEGMENT = "short-segment", "segment", "fewer than 192 readings of 5 minutes"
+    NO_SEGMENT = "no-segment", "patient", "no segment long enough"
 
 
 class Rejected(Exception):  # noqa: N818 - not an error of the program but an outcome, caught where it is counted

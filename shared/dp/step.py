@@ -34,9 +34,10 @@ from shared.dp.engine import BookKeeping
 from shared.dp.noise import NoiseSource
 from shared.dp.opacus_engine import OpacusHooks
 from shared.dp.optimizer import NoisySum
-from shared.tasks.base import RECORDS_AT_ONCE, Batch
+from shared.tasks.base import Batch
 
 Loss = Callable[[nn.Module, Batch], Tensor]
+_RECORDS_AT_ONCE = 64
 
 
 class Engine(Protocol):
@@ -137,25 +138,19 @@ class OrdinaryStep:
         self._optimizer.step()
 
 
-def patients_at_once(records_per_patient: int, records_at_once: int = RECORDS_AT_ONCE) -> int:
+def patients_at_once(records_per_patient: int) -> int:
     """Return how many patients one pass takes beside one row of padding: a public number."""
-    return max(1, records_at_once // records_per_patient - 1)
+    return max(1, _RECORDS_AT_ONCE // records_per_patient - 1)
 
 
-def padded_parts(
-    patients: Tensor,
-    records_per_patient: int,
-    draw: Callable[[Tensor], Batch],
-    records_at_once: int = RECORDS_AT_ONCE,
-) -> Iterable[Batch]:
+def padded_parts(patients: Tensor, records_per_patient: int, draw: Callable[[Tensor], Batch]) -> Iterable[Batch]:
     """Yield the batches of one step, drawn one at a time and all of one size; one of padding if nobody joins.
 
     Args:
         patients: ``(B,)`` who was sampled.
         records_per_patient: K.
         draw: Draws the records of some patients.
-        records_at_once: Most records of one batch, public.
     """
-    size = patients_at_once(records_per_patient, records_at_once)
+    size = patients_at_once(records_per_patient)
     for part in patients.split(size) if len(patients) else (patients,):
         yield draw(part).padded(size + 1)

@@ -2,15 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
 
 from shared.metrics import Estimate
 from shared.records import RecordStore
-
-RECORDS_AT_ONCE: Final = 64
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,6 @@ class Task:
         loss: Returns ``(B,)``, each the mean over that patient's records; depends on no other patient.
         evaluate: Judges a model on a data set that the evaluating party owns.
         defaults: What a plan sets where its author says nothing (fields of :class:`shared.plan.RunPlan`).
-        records_at_once: Records in one pass of a private step: a public bound on its memory.
     """
 
     name: str
@@ -113,4 +110,3 @@ class Task:
     loss: Callable[[nn.Module, Batch], Tensor]
     evaluate: Callable[[nn.Module, RecordStore], Evaluation]
     defaults: Mapping[str, Any]
-    records_at_once: int = RECORDS_AT_ONCE

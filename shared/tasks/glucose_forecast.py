@@ -127,11 +127,10 @@ TASK = Task(
         "rounds": 30,
         "local_steps": 4,
         "sample_rate": 1.0,
-        "records_per_patient": 8,
+        "records_per_patient": 4,
         "max_grad_norm": 0.1,
         "optimizer": "sgd",
         "learning_rate": 2.0,
         "schedule": "linear",
     },
-    records_at_once=512,  # windows and states are small; few large passes are what is fast
 )

@@ -1,0 +1,200 @@
+"""Intake of glucose records: CSV exports become a prepared store of 5-minute segments.
+
+    find files → read rows → patients → clean → segments → grid → store
+
+``client.intake.glucose_formats`` says which exports are known, ``client.intake.glucose_grid`` states the rules.
+One bad row, or file of a folder, is counted under its code and never stops the rest; the result does not depend on
+the order of rows or files, nor on their names where the rows name the patient. An export that does not is one
+patient's: all such files in one folder below the source belong to the same patient, others are a patient each.
+"""
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from client.intake.glucose_csv import Events, read_export
+from client.intake.glucose_formats import CsvMapping
+from client.intake.glucose_grid import STUCK_MIN, to_grid
+from client.intake.glucose_text import FileRejected
+from client.intake.pseudonyms import PatientIdentity, pseudonym
+from client.intake.rejects import GlucoseCode
+from shared.errors import IntakeError
+from shared.records import PatientItem, write_store
+from shared.tasks.cgm import COVARIATES, MAX_GAP_MIN, MIN_SEGMENT, RANGE_MG_DL, STEP_MIN, STORE_KIND
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage (``files`` or ``patients``), how many are done, and of how many."""
+
+_SUFFIXES: Final = (".csv", ".tsv", ".txt")
+
+ADVICE: Final[Mapping[GlucoseCode, str]] = {
+    GlucoseCode.UNREADABLE: "The export cannot be read to its end; export or copy it again.",
+    GlucoseCode.EMPTY: "The export is empty; export it again.",
+    GlucoseCode.COLUMNS_MISSING: (
+        "The export has no header row with the columns of a known format; name its columns in site.toml [glucose]."
+    ),
+    GlucoseCode.UNKNOWN_TIMES: (
+        "The form of the export's times is not known, or day and month cannot be told apart, or their zone is missing; "
+        "set time-format and time-zone in site.toml [glucose]."
+    ),
+    GlucoseCode.DATE_SERIALS: (
+        "The export's times are a spreadsheet's date serials, which may be rounded; export them as text, or accept "
+        'them with time-format = "serial" in site.toml [glucose].'
+    ),
+    GlucoseCode.MIXED_UNITS: (
+        "The export seems to hold mmol/L and mg/dL under one heading; set unit in site.toml [glucose] or export "
+        "each unit to a file of its own."
+    ),
+}
+"""What to do about a file that is refused."""
+
+
+@dataclass(frozen=True)
+class GlucoseReport:
+    """What intake made of an export: counts only. They are sensitive and stay in the hospital.
+
+    Attributes:
+        patients: Patients in the store.
+        segments: Continuous segments in the store.
+        records: Instants in the store.
+        interpolated: Those of them that no reading is near.
+        files: Files examined.
+        rows: Rows in the files that could be read.
+        counts_by_code: How often each code was given; see ``GlucoseCode`` for what it counts.
+    """
+
+    patients: int
+    segments: int
+    records: int
+    interpolated: int
+    files: int
+    rows: int
+    counts_by_code: Mapping[GlucoseCode, int]
+
+    def counts(self) -> dict[str, Any]:
+        """Return the report as plain JSON, the codes in their own order."""
+        numbers = {n: getattr(self, n) for n in ("patients", "segments", "records", "interpolated", "files", "rows")}
+        found = self.counts_by_code
+        return numbers | {"codes": {code.value: found[code] for code in GlucoseCode if code in found}}
+
+
+def prepare_glucose(
+    source: Path,
+    store: Path,
+    secret: bytes,
+    *,
+    mapping: CsvMapping | None = None,
+    on_progress: Progress | None = None,
+) -> GlucoseReport:
+    """Prepare a hospital's glucose records for the forecasting task.
+
+    Args:
+        source: A CSV file, or a folder searched with all its folders; links are not followed.
+        store: Where the prepared store goes; an older one there is replaced.
+        secret: The site's own, see ``client.intake.pseudonyms``.
+        mapping: How the files are read; by default known exports only, see ``client.intake.glucose_formats``.
+        on_progress: Told how far the work is.
+
+    Raises:
+        IntakeError: If the source or the only file cannot be used, or nothing usable is left.
+        StorageError: If the store cannot be written.
+    """
+    tell = on_progress or (lambda _stage, _done, _total: None)
+    counts: Counter[GlucoseCode] = Counter()
+    paths = _find_files(source, store, counts)
+    patients, rows, covariates = _read(source, paths, mapping or CsvMapping(), counts, tell)
+    items = []
+    for done, (identity, parts) in enumerate(patients.items(), start=1):
+        fields = to_grid(_joined(parts), counts)
+        if fields is not None:
+            items.append(PatientItem(pseudonym(secret, identity), fields))
+        tell("patients", done, len(patients))
+    if not items:
+        reasons = ", ".join(f"{code} {counts[code]}" for code in GlucoseCode if counts[code]) or "it is empty"
+        raise IntakeError(f"Nothing usable is left of the export ({len(paths)} files: {reasons}).")
+    attributes = {
+        "step_min": STEP_MIN,
+        "max_gap_min": MAX_GAP_MIN,
+        "min_segment": MIN_SEGMENT,
+        "range_mg_dl": list(RANGE_MG_DL),
+        "stuck_min": STUCK_MIN,
+        "covariates": [name for name in COVARIATES if name in covariates],
+    }
+    written = write_store(store, kind=STORE_KIND, patients=items, attributes=attributes)
+    return GlucoseReport(
+        patients=len(written),
+        segments=sum(int(item.arrays["segment"][-1]) + 1 for item in items),
+        records=int(written.offsets[-1]),
+        interpolated=int((~written.arrays["measured"]).sum()),
+        files=len(paths),
+        rows=rows,
+        counts_by_code=dict(+counts),
+    )
+
+
+def _find_files(source: Path, store: Path, counts: Counter[GlucoseCode]) -> list[Path]:
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise IntakeError("There is no such file or folder of glucose exports. Name the CSV file or its folder.")
+    found: list[Path] = []
+    leave_out = store.resolve()
+
+    def unreadable(_error: OSError) -> None:
+        counts[GlucoseCode.UNREADABLE] += 1
+
+    for folder, folders, files in os.walk(source.resolve(), onerror=unreadable):
+        here = Path(folder)
+        links = [name for name in (*folders, *files) if (here / name).is_symlink()]
+        counts[GlucoseCode.SYMLINK] += len(links)
+        folders[:] = [name for name in folders if here / name != leave_out]
+        named = [name for name in files if name.lower().removesuffix(".gz").endswith(_SUFFIXES)]
+        counts[GlucoseCode.NOT_CSV] += len(set(files) - set(named) - set(links))
+        found += [here / name for name in named if name not in links and (here / name).is_file()]
+    return sorted(found)
+
+
+Patients = dict[PatientIdentity, list[Events]]
+
+
+def _read(
+    source: Path,
+    paths: list[Path],
+    mapping: CsvMapping,
+    counts: Counter[GlucoseCode],
+    tell: Progress,
+) -> tuple[Patients, int, set[str]]:
+    """Read every file; return the patients' events, the number of rows, and the covariates some file has."""
+    patients: Patients = defaultdict(list)
+    rows, covariates, problem = 0, set[str](), None
+    for done, path in enumerate(paths, start=1):
+        try:
+            export = read_export(path, mapping)
+        except FileRejected as outcome:
+            problem = outcome.code
+            counts[problem] += 1
+        else:
+            counts.update(export.counts)
+            rows += export.rows
+            covariates |= export.covariates
+            for identity, events in export.patients.items():
+                patients[identity or _owner(source, path)].append(events)
+        tell("files", done, len(paths))
+    if problem and len(paths) == 1:
+        raise IntakeError(ADVICE[problem])
+    return patients, rows, covariates
+
+
+def _owner(source: Path, path: Path) -> PatientIdentity:
+    """Return the patient of a file that names none: its folder below the source, else the file itself."""
+    below = path.relative_to(source.resolve()).parts if source.is_dir() else (path.name,)
+    return PatientIdentity("file", below[0] if len(below) > 1 else path.name.split(".")[0])
+
+
+def _joined(parts: list[Events]) -> Events:
+    return Events(*(np.concatenate([getattr(part, name) for part in parts]) for name in Events.__dataclass_fields__))
