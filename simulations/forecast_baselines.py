@@ -135,7 +135,7 @@ def _judged(
     choose: Callable[[str], Method], samples: Mapping[str, Matrix], everybody: Matrix, windows: Windows
 ) -> Evaluation:
     """Forecast every hospital's windows with its own method and the width that its training errors had."""
-    quantiles = np.empty((len(windows), HORIZON, len(QUANTILES)))
+    quantiles = np.full((len(windows), HORIZON, len(QUANTILES)), np.nan)
     for code, name in enumerate(windows.sites):
         mine = windows.site == code
         method = choose(name)

@@ -100,7 +100,7 @@ def prepare_federation(
             raise IntakeError(f"{source} was prepared in another way than the hospitals before it.")
         if heldout is None:
             store, aside = _set_aside(store, find_source(task), np.random.default_rng([seed, number]))
-            reserved.append(_with_site(aside, number - 1, names) if find_source(task).split else aside)
+            reserved.append(_with_site(aside, number, names) if find_source(task).split else aside)
         _write(folder / "sites" / name / "store", store)
         declared.append(coarse(len(store)))
     apart = RecordStore.open(_store_folder(heldout)) if heldout else merge_stores(reserved)
