@@ -125,12 +125,12 @@ TASK = Task(
     evaluate=evaluate,
     defaults={
         "rounds": 30,
-        "local_steps": 4,
+        "local_steps": 8,
         "sample_rate": 1.0,
         "records_per_patient": 4,
-        "max_grad_norm": 0.1,
+        "max_grad_norm": 0.02,
         "optimizer": "sgd",
-        "learning_rate": 2.0,
+        "learning_rate": 5.0,
         "schedule": "linear",
     },
 )
