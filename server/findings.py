@@ -19,6 +19,11 @@ _BASELINE_LABELS = {
     POOLED: "All data pooled, no privacy",
     LOCAL: "Each hospital alone, no privacy (mean)",
     SIZE_ONLY: "Nodule diameter alone, no network",
+    "last_value": "The last reading, no change",
+    "linear_extrapolation": "A straight line through the last readings",
+    "linear_ar": "Linear autoregression, each hospital's own, no privacy",
+    "linear_ar_pooled": "Linear autoregression, all data pooled, no privacy",
+    "arima": "ARIMA, fitted to each window (a sample)",
 }
 _ACRONYMS = {
     "tstr_auroc": "AUROC trained on synthetic, tested on real",
@@ -28,6 +33,7 @@ _ACRONYMS = {
     "f1": "F1",
     "froc": "FROC",
     "mae": "MAE",
+    "mse": "MSE",
     "rmse": "RMSE",
 }
 _DRAWN_STEPS = 20
@@ -94,7 +100,8 @@ class Findings:
             found.append(Baseline(_BASELINE_LABELS.get(name, humanise(name)), metrics))
             by_site = metrics.get("by_site")
             members = by_site.items() if isinstance(by_site, Mapping) else ()
-            found += [Baseline(f"{site} alone", part, True) for site, part in members if isinstance(part, Mapping)]
+            alone = " alone" if name == LOCAL else ""
+            found += [Baseline(f"{site}{alone}", part, True) for site, part in members if isinstance(part, Mapping)]
         return tuple(found)
 
     @cached_property
@@ -144,7 +151,8 @@ def as_estimate(value: object) -> Estimate | None:
 
 def humanise(name: str) -> str:
     """Return an identifier as people write it."""
-    return _ACRONYMS.get(name, name.replace("_", " ").replace("-", " ").capitalize())
+    first, *rest = name.replace("-", "_").split("_")
+    return " ".join([_ACRONYMS.get(first, first.capitalize()), *rest])
 
 
 def _float(value: object) -> float:

@@ -26,6 +26,8 @@ def summarise(record: RunRecord, checkpoint: Checkpoint | None) -> dict[str, Any
         checkpoint: The latest saved model, if there is one.
     """
     evaluation = final_evaluation(record, checkpoint)
+    details = evaluation.details if evaluation else {}
+    by_site = details.get("by_site") or {}
     summary = {
         "task": record.plan.task,
         "run": record.run,
@@ -34,7 +36,10 @@ def summarise(record: RunRecord, checkpoint: Checkpoint | None) -> dict[str, Any
         "seed": record.plan.seed,
         "plan_digest": record.plan.digest,
         "sites": [_site(record, row) for row in record.sites],
-        "metrics": evaluation.metrics if evaluation else {},
+        # Where a task tells hospitals apart, its metrics have the form of the baselines'.
+        "metrics": {**(evaluation.metrics if evaluation else {}), **({"by_site": by_site} if by_site else {})},
+        "by_site": by_site,
+        "worst_site": details.get("worst_site"),
         "by_group": evaluation.by_group if evaluation else {},
         "baselines": record.notes.get("baselines") or {},
         "timings": timings(record),

@@ -1,6 +1,6 @@
 """What a simulation can find out about a generator because it holds every hospital's patients."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,18 @@ from shared.synthesis import (
 from shared.tasks.ct_synthesis import SIDE_PX, build
 from shared.tasks.nodule_classification import judge_nodules
 from simulations.attacks import copying, membership
-from simulations.sites import merge_stores
 
 SAMPLES = "samples.png"
 _SEED = 20
 
 
-def examine(checkpoint: Path, stores: Sequence[Path], heldout: Path, out: Path) -> Mapping[str, Any]:
+def examine(checkpoint: Path, training: RecordStore, judged: RecordStore, out: Path) -> Mapping[str, Any]:
     """Attack the final model, train the same classifier on real patches, and write ``samples.png`` into ``out``.
 
     Args:
         checkpoint: Weights of the final model.
-        stores: Every hospital's training patients.
-        heldout: Patients that nobody trained on.
+        training: All hospitals' training patients.
+        judged: Patients that nobody trained on.
         out: The simulation's folder.
 
     Returns:
@@ -46,7 +45,6 @@ def examine(checkpoint: Path, stores: Sequence[Path], heldout: Path, out: Path) 
     torch.set_num_threads(1)
     with storage_errors(checkpoint):
         model = _model(checkpoint.read_bytes())
-    training, judged = merge_stores([RecordStore.open(path) for path in stores]), RecordStore.open(heldout)
     real = real_patches(judged, SIDE_PX)
     reference = train_classifier(real_patches(training, SIDE_PX), _SEED)
     others = real.at(torch.from_numpy(np.flatnonzero(halves(judged)[1])))
