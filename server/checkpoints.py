@@ -40,6 +40,8 @@ class Checkpoint:
         sha256: Of the weights file.
         path: The weights file.
         strategy_sha256: Of the strategy's state, if it has one.
+        epsilon: What no site's patients have spent more than, at ``delta``; ``None`` where nothing is guaranteed.
+        delta: See :class:`shared.plan.RunPlan`.
     """
 
     run: str
@@ -49,6 +51,8 @@ class Checkpoint:
     sha256: str
     path: Path
     strategy_sha256: str | None = None
+    epsilon: float | None = None
+    delta: float | None = None
 
 
 def save_checkpoint(
@@ -60,6 +64,8 @@ def save_checkpoint(
     task: str,
     plan_digest: str,
     strategy_state: State | None = None,
+    epsilon: float | None = None,
+    delta: float | None = None,
 ) -> Checkpoint:
     """Write the model's and the strategy's state after round ``number``; forget all but the latest checkpoints.
 
@@ -73,7 +79,7 @@ def save_checkpoint(
     carried = safetensors.numpy.save(dict(strategy_state)) if strategy_state else None
     carried_digest = None if carried is None else hashlib.sha256(carried).hexdigest()
     digest = hashlib.sha256(content).hexdigest()
-    checkpoint = Checkpoint(run, number, task, plan_digest, digest, path, carried_digest)
+    checkpoint = Checkpoint(run, number, task, plan_digest, digest, path, carried_digest, epsilon, delta)
     write_atomic(path, content)
     if carried is not None:
         write_atomic(path.with_suffix(_STRATEGY), carried)

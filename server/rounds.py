@@ -271,6 +271,7 @@ def _record(run: _Run, progress: Progress, row: RoundRow) -> None:
     if row.evaluation:
         progress.note(row.round, row.evaluation.value(run.task.metric))
     run.register(row)
+    epsilon = run.job.plan.epsilon(row.round)
     save_checkpoint(
         run.job.folder / "checkpoints",
         progress.model,
@@ -279,6 +280,8 @@ def _record(run: _Run, progress: Progress, row: RoundRow) -> None:
         task=run.task.name,
         plan_digest=run.job.plan.digest,
         strategy_state=moments(run.strategy),
+        epsilon=epsilon if math.isfinite(epsilon) else None,
+        delta=run.job.plan.delta,
     )
 
 

@@ -24,6 +24,13 @@ Examples:
 
   fedward-sim run --resume runs/first
 """
+_SYNTHESISE_EXAMPLES = """
+Examples:
+
+  fedward-sim run --task ct-synthesis --epsilon 10 --patients-per-site 400 --out runs/gan
+
+  fedward-sim synthesise runs/gan/server/checkpoints/round-00040.safetensors --count 200 --out synthetic
+"""
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -166,6 +173,24 @@ def deal(
 
     for folder in deal_slices(archive, out, sites=sites, seed=seed):
         _CONSOLE.print(str(folder), highlight=False, markup=False)
+
+
+@app.command(epilog=_SYNTHESISE_EXAMPLES)
+def synthesise(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Weights of a ct-synthesis run; the JSON beside them is read too.")
+    ],
+    out: Annotated[Path, typer.Option(help="New folder for PNG sheet, NumPy archive and DICOM files.")],
+    count: Annotated[int, typer.Option(min=1, help="How many images.")] = 96,
+    label: Annotated[str, typer.Option(help="'benign' or 'malignant'.")] = "malignant",
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Same seed, same images.")] = 0,
+) -> None:
+    """Draw synthetic nodules from a trained generator; every file says that it shows no patient."""
+    from client.synthesise import synthesise as draw
+
+    written = draw(checkpoint, count, label, out, seed)
+    for path in (written.sheet, written.arrays, written.dicom):
+        _CONSOLE.print(str(path), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

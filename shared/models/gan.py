@@ -80,10 +80,13 @@ class Generator(nn.Module):
 
     def forward(self, latent: Tensor, labels: Tensor) -> Tensor:
         """Return images ``(N, 1, side, side)`` in [0, 1] of latents ``(N, latent)`` and classes ``(N,)``."""
-        # The class must be heard beside so many latents of unit variance.
-        classes = F.one_hot(labels, self.classes).to(latent) * self.latent**0.5 / 2
-        images: Tensor = self.layers(torch.cat([latent, classes], dim=1))
+        images: Tensor = self.layers(self.code(latent, labels))
         return images
+
+    def code(self, latent: Tensor, labels: Tensor) -> Tensor:
+        """Return what the first layer sees, ``(N, latent + classes)``."""
+        # The class must be heard beside so many latents of unit variance.
+        return torch.cat([latent, F.one_hot(labels, self.classes).to(latent) * self.latent**0.5 / 2], dim=1)
 
 
 class ConditionalGan(nn.Module):
@@ -115,6 +118,11 @@ class ConditionalGan(nn.Module):
         self.discriminator = Discriminator(discriminator_width, side, classes)
         self.average = Generator(generator_width, side, classes, latent).requires_grad_(False)
         self.average.load_state_dict(self.generator.state_dict())
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Return images ``(N, 1, side, side)`` of codes ``(N, latent + classes)``, drawn from the average."""
+        images: Tensor = self.average.layers(codes)
+        return images
 
     def judge(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return the discriminator's logit ``(N,)`` that each image ``(N, 1, side, side)`` is a real one of its class.

@@ -98,6 +98,11 @@ def build() -> ConditionalGan:
     return ConditionalGan(side=SIDE_PX, classes=len(CLASSES), latent=_LATENT)
 
 
+def example(count: int) -> Tensor:
+    """Return random codes ``(N, latent + classes)`` of the averaged generator."""
+    return build().average.code(torch.randn(count, _LATENT), torch.arange(count) % len(CLASSES))
+
+
 def loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return each patient's hinge loss ``(B,)`` over its records and as many generated images; see the module."""
     gan = cast(ConditionalGan, model)
@@ -200,6 +205,7 @@ TASK = Task(
     post_process=teach_generator,
     settle=settle,
     judged_every=10,
+    example=example,
     defaults={
         "rounds": 40,
         "local_steps": 4,

@@ -1,0 +1,1 @@
+"""Images of the hospital's own: written here, and read beyond intake."""
