@@ -99,7 +99,7 @@ def _describe(dataset: Dataset, number: int, label: str, origin: Origin) -> None
     dataset.Modality = "CT"
     dataset.SeriesInstanceUID = _uid("series", origin, label)
     dataset.SeriesNumber = 1
-    dataset.BodyPartExamined, dataset.Laterality = "CHEST", ""
+    dataset.BodyPartExamined = "CHEST"
     dataset.SeriesDescription = f"SYNTHETIC lung nodules, {label}"
     dataset.Manufacturer = MANUFACTURER
     dataset.ConversionType = "SYN"

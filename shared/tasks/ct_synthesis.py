@@ -168,7 +168,7 @@ def evaluate(model: nn.Module, store: RecordStore) -> Evaluation:
     diagnostics: dict[str, Any] = {
         "finite": finite,
         "diversity": least_diversity(others, matched),
-        "logit_spread": float(torch.cat(logits).std()) if len(others) else math.nan,
+        "logit_spread": _spread(logits[0], others.labels),
     }
     return Evaluation(
         metrics={
@@ -185,6 +185,12 @@ def evaluate(model: nn.Module, store: RecordStore) -> Evaluation:
             "positives": students.details["positives"],
         },
     )
+
+
+def _spread(logits: Tensor, labels: Tensor) -> float:
+    """Return the widest standard deviation of the logits of any class; NaN if no class has two."""
+    found = [float(part.std()) for label in labels.unique() if len(part := logits[labels == label]) > 1]
+    return max(found, default=math.nan)
 
 
 @torch.no_grad()
@@ -209,12 +215,14 @@ TASK = Task(
     defaults={
         "rounds": 40,
         "local_steps": 4,
-        "sample_rate": 0.25,
+        "sample_rate": 0.5,
         "records_per_patient": 1,
         "max_grad_norm": 1.0,
         "optimizer": "sgd",
-        "learning_rate": 0.3,
+        "learning_rate": 0.2,
+        "schedule": "linear",
         "generator_steps": 8,
-        "generator_learning_rate": 1e-3,
+        "generator_learning_rate": 3e-4,
+        "generator_pause": 0.1,
     },
 )
