@@ -59,7 +59,7 @@ class Deployment:
 
     folder: Path
     port: int = field(default_factory=free_port)
-    _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _processes: dict[str, subprocess.Popen[Any]] = field(default_factory=dict)
 
     @property
     def server(self) -> Path:
@@ -100,7 +100,7 @@ class Deployment:
         self.must("server", "enrol", self.server, folder / "site.pub", "--name", name)
         return folder
 
-    def start(self, name: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    def start(self, name: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[Any]:
         """Start the aggregator (``server``) or a site's daemon; its log is ``NAME.log``."""
         role = "server" if name == "server" else "site"
         with (self.folder / f"{name}.log").open("ab") as log:
@@ -114,6 +114,10 @@ class Deployment:
             )
         self._processes[name] = process
         return process
+
+    def end_with_others(self, name: str, process: subprocess.Popen[Any]) -> None:
+        """Have a process that was started elsewhere killed at the end."""
+        self._processes[name] = process
 
     def stop(self, name: str, number: int = signal.SIGTERM) -> int:
         """Signal a process and wait for its end; return its exit status."""
@@ -148,7 +152,7 @@ def deployment(folder: Path, port: int | None = None) -> Iterator[Deployment]:
     finally:
         for process in whole._processes.values():
             process.kill()
-            process.wait()
+            process.communicate()
 
 
 def _command(role: str) -> list[str]:
