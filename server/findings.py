@@ -19,8 +19,21 @@ _BASELINE_LABELS = {
     POOLED: "All data pooled, no privacy",
     LOCAL: "Each hospital alone, no privacy (mean)",
     SIZE_ONLY: "Nodule diameter alone, no network",
+    "last_value": "The last reading, no change",
+    "linear_extrapolation": "A straight line through the last readings",
+    "linear_ar": "Linear autoregression, each hospital's own, no privacy",
+    "linear_ar_pooled": "Linear autoregression, all data pooled, no privacy",
+    "arima": "ARIMA, fitted to each window (a sample)",
 }
-_ACRONYMS = {"auroc": "AUROC", "brier": "Brier score", "f1": "F1", "froc": "FROC", "mae": "MAE", "rmse": "RMSE"}
+_ACRONYMS = {
+    "auroc": "AUROC",
+    "brier": "Brier score",
+    "f1": "F1",
+    "froc": "FROC",
+    "mae": "MAE",
+    "mse": "MSE",
+    "rmse": "RMSE",
+}
 _DRAWN_STEPS = 20
 
 
@@ -86,7 +99,8 @@ class Findings:
             found.append(Baseline(_BASELINE_LABELS.get(name, humanise(name)), metrics))
             by_site = metrics.get("by_site")
             members = by_site.items() if isinstance(by_site, Mapping) else ()
-            found += [Baseline(f"{site} alone", part, True) for site, part in members if isinstance(part, Mapping)]
+            alone = " alone" if name == LOCAL else ""
+            found += [Baseline(f"{site}{alone}", part, True) for site, part in members if isinstance(part, Mapping)]
         return tuple(found)
 
     @cached_property
@@ -136,7 +150,8 @@ def as_estimate(value: object) -> Estimate | None:
 
 def humanise(name: str) -> str:
     """Return an identifier as people write it."""
-    return _ACRONYMS.get(name, name.replace("_", " ").replace("-", " ").capitalize())
+    first, *rest = name.replace("-", "_").split("_")
+    return " ".join([_ACRONYMS.get(first, first.capitalize()), *rest])
 
 
 def _float(value: object) -> float:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from server.findings import Baseline, Findings, as_estimate, humanise
 from server.markup import (
@@ -19,6 +20,11 @@ from server.plots import calibration, convergence, figure, roc
 from shared.metrics import Estimate
 from shared.tasks.base import Evaluation
 from shared.tasks.ct_nodules import VENDORS
+
+_FORECAST_COLUMNS = (
+    "skill_30", "rmse_30", "rmse_60", "path_mae_median", "coverage_90", "hypo_sensitivity", "hypo_false_alarms_per_day",
+    "clarke_a", "parkes_a",
+)  # fmt: skip
 
 
 def quality(findings: Findings) -> Markup:
@@ -43,6 +49,7 @@ def quality(findings: Findings) -> Markup:
         _cases(details),
         tag("div", *figures, class_="figures"),
         _groups(findings),
+        _hospitals(details),
     )
 
 
@@ -155,6 +162,25 @@ def _groups(findings: Findings) -> Markup:
     caption = "By scanner vendor" if vendors else "By group"
     note = paragraph(f"“{UNKNOWN}”: undefined, as where only one class is present. Small groups vary by chance.")
     return join([table(header, rows, caption=caption), note])
+
+
+def _hospitals(details: Mapping[str, Any]) -> Markup:
+    """Return how a forecaster does in each hospital, the worst one named."""
+    by_site = details.get("by_site")
+    if not by_site:
+        return Markup()
+    rows = [
+        (site, count(round(values["windows"])), *(number(values.get(name)) for name in _FORECAST_COLUMNS))
+        for site, values in by_site.items()
+    ]
+    header = ("Hospital", "Windows", *(humanise(name) for name in _FORECAST_COLUMNS))
+    note = paragraph(
+        f"The least is gained in {details['worst_site']}. Errors in mg/dL at 30 and 60 minutes; skill is the share of "
+        "the error at 30 minutes that the last reading would make and the model does not; warnings are of values "
+        "below 70 mg/dL in 30 minutes, one forecast every half hour. Every patient is judged on readings later "
+        "than those that were trained on."
+    )
+    return join([table(header, rows, caption="By hospital"), note])
 
 
 def _cases(details: Mapping[str, object]) -> Markup:

@@ -22,6 +22,8 @@ def summarise(record: RunRecord, checkpoint: Checkpoint | None) -> dict[str, Any
     """
     final = final_round(record, checkpoint)
     evaluation = final.evaluation if final else None
+    details = evaluation.details if evaluation else {}
+    by_site = details.get("by_site") or {}
     summary = {
         "task": record.plan.task,
         "run": record.run,
@@ -30,7 +32,10 @@ def summarise(record: RunRecord, checkpoint: Checkpoint | None) -> dict[str, Any
         "seed": record.plan.seed,
         "plan_digest": record.plan.digest,
         "sites": [_site(record, row) for row in record.sites],
-        "metrics": evaluation.metrics if evaluation else {},
+        # Where a task tells hospitals apart, its metrics have the form of the baselines'.
+        "metrics": {**(evaluation.metrics if evaluation else {}), **({"by_site": by_site} if by_site else {})},
+        "by_site": by_site,
+        "worst_site": details.get("worst_site"),
         "by_group": evaluation.by_group if evaluation else {},
         "baselines": record.notes.get("baselines") or {},
         "timings": timings(record),

@@ -1,7 +1,9 @@
-"""What the federation is compared with: all patients pooled without privacy, each hospital alone, size alone."""
+"""What the federation is compared with: simple methods, all patients pooled without privacy, each hospital alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,11 +22,59 @@ from shared.tasks.nodule_classification import judge_nodules
 from shared.tasks.registry import find_task
 from simulations.sites import merge_stores
 
+Simple = Callable[[Mapping[str, RecordStore], RecordStore], dict[str, Any]]
+"""Judges a task's simple methods, from each hospital's training store and the held-out store."""
 PASSES, LEAST_STEPS = 25, 100
 """A baseline trains for so many passes over its patients, and at least so many steps."""
 _PATIENTS_A_STEP = 48
 _RECORDS_PER_PATIENT = 2
 _LEARNING_RATE = 1e-3
+
+
+def judge_baselines(
+    task: str,
+    stores: Mapping[str, Path],
+    heldout: Path,
+    *,
+    simple: Simple | None,
+    train: bool,
+    seed: int,
+    pool: Executor | None,
+    report: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Return what a run is compared with, as the registry keeps it.
+
+    Args:
+        task: Name of the task.
+        stores: Each hospital's training patients.
+        heldout: The patients, or their later readings, to judge on.
+        simple: Judges the task's simple methods, if it has any.
+        train: Whether to train pooled and local-only models.
+        seed: Of these.
+        pool: Worker processes, if there are any.
+        report: Told how many of how many are done.
+    """
+    jobs = {"pooled": list(stores.values()), **{name: [store] for name, store in stores.items()}} if train else {}
+    with ExitStack() as stack:
+        executor = pool or stack.enter_context(ThreadPoolExecutor(1))
+        futures: dict[str, Future[Evaluation]] = {
+            name: executor.submit(train_alone, task, paths, heldout, seed) for name, paths in jobs.items()
+        }
+        judged = executor.submit(_judge_simple, simple, stores, heldout) if simple else None
+        everything: list[Future[Any]] = [*futures.values(), *([judged] if judged else [])]
+        for done, future in enumerate(everything, start=1):
+            future.result()
+            report(done, len(everything))
+    found = judged.result() if judged else {}
+    if futures:
+        results = {name: future.result() for name, future in futures.items()}
+        pooled = results.pop("pooled")
+        found |= describe(pooled, results, size_only(RecordStore.open(heldout)), find_task(task).metric)
+    return found
+
+
+def _judge_simple(simple: Simple, stores: Mapping[str, Path], heldout: Path) -> dict[str, Any]:
+    return simple({name: RecordStore.open(path) for name, path in stores.items()}, RecordStore.open(heldout))
 
 
 def train_alone(task_name: str, stores: Sequence[Path], heldout: Path, seed: int) -> Evaluation:

@@ -58,7 +58,9 @@ def run(
     backend: Annotated[str, typer.Option(help="'local' (worker processes) or 'ray'.")] = "local",
     ray_address: Annotated[str | None, typer.Option(help="A Ray cluster that is already there.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Worker processes. Default: the cores.")] = None,
-    init: Annotated[Path | None, typer.Option(help="Start from a public checkpoint (costs no privacy).")] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="A public checkpoint to start from, or 'random'. Default: the task's, if any.")
+    ] = None,
     patience: Annotated[int | None, typer.Option(min=0, help="Stop after so many rounds without gain.")] = None,
     local_steps: Annotated[int | None, typer.Option(min=1, help="Steps a site takes each round.")] = None,
     sample_rate: Annotated[float | None, typer.Option(help="Probability of a patient joining a step.")] = None,
@@ -97,7 +99,6 @@ def run(
         "momentum": momentum,
         "strategy": strategy,
         "engine": engine,
-        "init": _sha256(init),
     }
     simulation = Simulation(
         task=task,
@@ -115,7 +116,7 @@ def run(
         backend=backend,
         ray_address=ray_address,
         workers=_workers(workers),
-        init=str(init.resolve()) if init else None,
+        init=_start(init),
         plan={name: value for name, value in fields.items() if value is not None},
     )
     with _resumable(out):
@@ -227,15 +228,12 @@ def _resumable(out: Path) -> Iterator[None]:
         os._exit(130)
 
 
-def _sha256(checkpoint: Path | None) -> str | None:
-    if checkpoint is None:
-        return None
-    import hashlib
+def _start(checkpoint: Path | None) -> str | None:
+    from shared.plan import RANDOM_START
 
-    from shared.files import storage_errors
-
-    with storage_errors(checkpoint):
-        return hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    if checkpoint is None or str(checkpoint) == RANDOM_START:
+        return None if checkpoint is None else RANDOM_START
+    return str(checkpoint.resolve())
 
 
 def _show(summary: dict[str, Any], out: Path) -> None:

@@ -15,8 +15,8 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ import torch
 from flwr.app import Context, RecordDict, UserConfig
 
 from client.site import Site
-from server.checkpoints import latest_checkpoint
+from server.checkpoints import checkpoint_sha256, latest_checkpoint
 from server.registry import Registry, finite
 from server.report import write_report
 from server.summary import summarise, write_summary
@@ -34,10 +34,8 @@ from shared.drafting import draft_plan
 from shared.errors import ErrorCode, FederationError, PlanError, StorageError
 from shared.files import storage_errors, write_atomic
 from shared.messages import PlanQuery
-from shared.plan import RunPlan
-from shared.records import RecordStore
-from shared.tasks.registry import find_task
-from simulations.baselines import describe, size_only, train_alone
+from shared.plan import RANDOM_START, RunPlan
+from simulations.baselines import judge_baselines
 from simulations.display import Display
 from simulations.grid import LocalGrid, worker_pool
 from simulations.sites import Federation, prepare_federation, write_policies
@@ -83,6 +81,14 @@ class Simulation:
         if self.backend not in BACKENDS:
             raise PlanError(f"The backend must be one of {', '.join(BACKENDS)}, not {self.backend!r}.")
 
+    @property
+    def start(self) -> str | None:
+        """The public checkpoint that the run starts from: what was asked for, else the task's own, if any."""
+        if self.init == RANDOM_START:
+            return None
+        own = find_source(self.task).start
+        return self.init or (str(own) if own else None)
+
     def save(self, out: Path) -> None:
         """Write ``simulation.json``; the infinite epsilon is written as text, since JSON has none."""
         values = {**asdict(self), "epsilon": str(self.epsilon)}
@@ -113,7 +119,7 @@ def start(simulation: Simulation, out: Path, display: Display) -> dict[str, Any]
     """
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        given = [Path(path).resolve() for path in (*simulation.data, simulation.heldout, simulation.init) if path]
+        given = [Path(path).resolve() for path in (*simulation.data, simulation.heldout, simulation.start) if path]
         if any(path.is_relative_to(out.resolve()) for path in given):
             raise StorageError(f"The input lies inside {out}, which is the run's own folder. Give another --out.")
         present = {entry.name for entry in out.iterdir()}
@@ -143,8 +149,9 @@ def resume(simulation: Simulation, out: Path, display: Display) -> dict[str, Any
         try:
             with display.watch(registry, RUN, plan), _explained(federation, plan):
                 _run_server(simulation, federation, plan, out, LocalGrid(federation.sites, simulation.seed, pool))
-            if simulation.baselines and "baselines" not in registry.read(RUN).notes:
-                registry.add_note(RUN, "baselines", _baselines(simulation, federation, pool, display))
+            if "baselines" not in registry.read(RUN).notes:
+                with display.phase("Baselines") as report:
+                    registry.add_note(RUN, "baselines", _baselines(simulation, federation, pool, report))
         finally:
             summary = _finish(registry, out, setup_s, time.monotonic() - began)
     return summary
@@ -188,7 +195,8 @@ def _agree(simulation: Simulation, federation: Federation, out: Path) -> RunPlan
     path = out / "plan.json"
     if path.exists():
         return read_plan(path)
-    overrides = {"min_sites": 1, "seed": simulation.seed, **simulation.plan}
+    init = checkpoint_sha256(Path(simulation.start)) if simulation.start else RANDOM_START
+    overrides = {"min_sites": 1, "seed": simulation.seed, "init": init, **simulation.plan}
     plan = draft_plan(
         simulation.task,
         epsilon=simulation.epsilon,
@@ -237,7 +245,7 @@ def _note_origin(registry: Registry, simulation: Simulation, plan: RunPlan) -> N
     registry.begin(RUN, plan)
     origin = "Data given by the researcher." if simulation.data else find_source(simulation.task).origin
     registry.add_note(RUN, "data", origin)
-    start_note = f"public checkpoint {simulation.init} (SHA-256 {plan.init})" if simulation.init else "random weights"
+    start_note = f"public checkpoint {simulation.start} (SHA-256 {plan.init})" if simulation.start else "random weights"
     registry.add_note(RUN, "start", start_note)
     registry.add_note(RUN, "simulated_noise", True)
 
@@ -248,7 +256,7 @@ def _run_server(simulation: Simulation, federation: Federation, plan: RunPlan, o
         "plan": plan.to_json(),
         "folder": str(_folder(out)),
         "heldout": str(federation.heldout),
-        **({"start": simulation.init} if simulation.init else {}),
+        **({"start": simulation.start} if simulation.start else {}),
     }
     if simulation.backend == "ray":
         from simulations.ray_backend import run_on_ray  # noqa: PLC0415 - Ray takes seconds to import
@@ -272,24 +280,20 @@ def _run_server(simulation: Simulation, federation: Federation, plan: RunPlan, o
 
 
 def _baselines(
-    simulation: Simulation, federation: Federation, pool: Executor | None, display: Display
+    simulation: Simulation, federation: Federation, pool: Executor | None, report: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Train pooled and local-only models, on the workers if there are any."""
-    metric = find_task(simulation.task).metric
+    """Judge the task's simple methods and, if asked to, train pooled and local-only models."""
     stores = {name: folder / "store" for name, folder in zip(federation.names, federation.sites, strict=True)}
-    jobs = {"pooled": list(stores.values()), **{name: [store] for name, store in stores.items()}}
-    with display.phase("Baselines") as report, ExitStack() as stack:
-        executor = pool or stack.enter_context(ThreadPoolExecutor(1))
-        futures: dict[str, Future[Any]] = {
-            name: executor.submit(train_alone, simulation.task, paths, federation.heldout, simulation.seed)
-            for name, paths in jobs.items()
-        }
-        results = {}
-        for done, (name, future) in enumerate(futures.items(), start=1):
-            results[name] = future.result()
-            report(done, len(futures))
-    pooled = results.pop("pooled")
-    return describe(pooled, results, size_only(RecordStore.open(federation.heldout)), metric)
+    return judge_baselines(
+        simulation.task,
+        stores,
+        federation.heldout,
+        simple=find_source(simulation.task).baselines if simulation.heldout is None else None,
+        train=simulation.baselines,
+        seed=simulation.seed,
+        pool=pool,
+        report=report,
+    )
 
 
 def _finish(registry: Registry, out: Path, setup_s: float, total_s: float) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,9 @@ from shared.drafting import DELTA_SHARE
 from shared.errors import FederationError, IntakeError, StorageError
 from shared.files import write_atomic
 from shared.records import RecordStore, write_store
+from shared.tasks.cgm_windows import SITE
 from shared.tasks.registry import find_task
-from simulations.sources import Progress, find_source
+from simulations.sources import Progress, Source, find_source
 
 HELDOUT_SHARE = 0.2
 _COARSE = 10
@@ -80,7 +81,8 @@ def prepare_federation(
     """Prepare one site folder per raw or prepared hospital, and the held-out store.
 
     Without ``heldout``, a fifth of every hospital's patients is set aside as held-out before anything is
-    trained; no patient is ever in both.
+    trained, and no patient is ever in both; or, where the task's source divides by time, the later part of every
+    patient's records.
 
     Raises:
         FederationError: Naming the hospital's folder, if it gives no patient.
@@ -96,10 +98,8 @@ def prepare_federation(
         if stores_differ(store, first := first or store):
             raise IntakeError(f"{source} was prepared in another way than the hospitals before it.")
         if heldout is None:
-            order = np.random.default_rng([seed, number]).permutation(len(store))
-            aside = round(len(store) * HELDOUT_SHARE)
-            reserved.append(store.subset(np.sort(order[:aside])))
-            store = store.subset(np.sort(order[aside:]))
+            store, aside = _set_aside(store, find_source(task), np.random.default_rng([seed, number]))
+            reserved.append(_with_site(aside, number, names) if find_source(task).split else aside)
         _write(folder / "sites" / name / "store", store)
         declared.append(coarse(len(store)))
     apart = RecordStore.open(_store_folder(heldout)) if heldout else merge_stores(reserved)
@@ -107,7 +107,8 @@ def prepare_federation(
         raise IntakeError("Too few patients to set a fifth aside as held-out; give held-out patients with --heldout.")
     if apart.kind != find_task(task).store_kind:
         raise IntakeError(f"{heldout} holds {apart.kind}, the task {task} reads {find_task(task).store_kind}.")
-    _refuse_overlap(folder, names, apart)
+    if heldout is not None or find_source(task).split is None:
+        _refuse_overlap(folder, names, apart)
     _write(folder / "heldout", apart)
     federation = Federation(names, tuple(declared), folder)
     write_atomic(
@@ -169,6 +170,21 @@ def merge_stores(stores: Sequence[RecordStore]) -> RecordStore:
         arrays={name: np.concatenate([store.arrays[name] for store in stores]) for name in first.arrays},
         digest=hashlib.sha256("".join(store.digest for store in stores).encode()).hexdigest(),
     )
+
+
+def _set_aside(store: RecordStore, source: Source, generator: np.random.Generator) -> tuple[RecordStore, RecordStore]:
+    """Return what a hospital trains on and what is held out of it."""
+    if source.split is not None:
+        return source.split(store)
+    order = generator.permutation(len(store))
+    aside = round(len(store) * HELDOUT_SHARE)
+    return store.subset(np.sort(order[aside:])), store.subset(np.sort(order[:aside]))
+
+
+def _with_site(store: RecordStore, number: int, names: Sequence[str]) -> RecordStore:
+    """Return the store with a field that says that its records are of hospital ``names[number]``."""
+    site = np.full(int(store.offsets[-1]), number, np.int16)
+    return replace(store, attributes={**store.attributes, "sites": list(names)}, arrays={**store.arrays, SITE: site})
 
 
 def stores_differ(one: RecordStore, other: RecordStore) -> bool:

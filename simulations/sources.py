@@ -1,12 +1,16 @@
 """Where a task's patients come from in a simulation: who generates raw hospitals, and who prepares them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from client.intake.glucose import prepare_glucose
 from client.intake.nodules import prepare_nodules
 from shared.errors import PlanError
+from shared.records import RecordStore
+from shared.tasks.cgm_windows import split_in_time
+from simulations.forecast_baselines import forecast_baselines
 from simulations.generators.glucose import generate_glucose_hospitals
 from simulations.generators.hospitals import generate_hospitals
 
@@ -21,11 +25,18 @@ class Source:
         generate: Writes raw hospitals, one folder each.
         prepare: Reads a raw folder into a prepared store.
         origin: What generated data is, for the reader of a report.
+        split: Divides a store into a part to train on and a part to judge on, where every patient is in both and
+            time divides them; by default whole patients are held out.
+        start: A public checkpoint that a run starts from unless it is told otherwise.
+        baselines: Judges simple methods, from each hospital's training part and the held-out store.
     """
 
     generate: Callable[..., tuple[Path, ...]]
     prepare: Callable[[Path, Path, bytes, int, Progress], None]
     origin: str
+    split: Callable[[RecordStore], tuple[RecordStore, RecordStore]] | None = None
+    start: Path | None = None
+    baselines: Callable[[Mapping[str, RecordStore], RecordStore], dict[str, Any]] | None = None
 
 
 def _prepare_ct_nodules(raw: Path, store: Path, secret: bytes, workers: int, progress: Progress) -> None:
@@ -53,6 +64,9 @@ SOURCES = {
             "Simulated glucose: patients of Bergman's minimal model with Hovorka's absorption of meals and insulin, "
             "and the errors of sensors and of people. A score on such records is no clinical claim."
         ),
+        split=split_in_time,
+        start=Path(__file__).with_name("starts") / "glucose-forecast.safetensors",
+        baselines=forecast_baselines,
     ),
 }
 

@@ -69,3 +69,36 @@ def _patient(generator: np.random.Generator, nodules: int) -> PatientItem:
         "vendor": np.full(len(malignant), generator.integers(0, 2), np.uint8),
     }
     return PatientItem(generator.bytes(16), arrays)
+
+
+@pytest.fixture
+def make_cgm_store() -> StoreMaker:
+    """Return a writer of small ``cgm-5min`` stores: waves of each patient's own period, which can be learnt."""
+    return write_cgm_store
+
+
+def write_cgm_store(
+    path: Path, patients: int = 4, seed: int = 0, segments: tuple[int, ...] = (240, 200), noise: float = 1.0
+) -> RecordStore:
+    generator = np.random.default_rng(seed)
+    return write_store(
+        path,
+        kind="cgm-5min",
+        patients=[_glucose(generator, segments, noise) for _ in range(patients)],
+        attributes={"step_min": 5, "covariates": []},
+    )
+
+
+def _glucose(generator: np.random.Generator, segments: tuple[int, ...], noise: float) -> PatientItem:
+    period, phase = generator.uniform(30, 60), generator.uniform(0, 6)
+    at = np.concatenate([np.arange(length) + 1000 * number for number, length in enumerate(segments)])
+    glucose = 130 + 50 * np.sin(2 * np.pi * at / period + phase) + noise * generator.normal(size=len(at))
+    arrays = {
+        "glucose": glucose.astype(np.float32),
+        "insulin": np.zeros(len(at), np.float32),
+        "carbohydrate": np.zeros(len(at), np.float32),
+        "minute_of_day": (at * 5 % 1440).astype(np.int16),
+        "segment": np.repeat(np.arange(len(segments)), segments).astype(np.int32),
+        "measured": np.ones(len(at), bool),
+    }
+    return PatientItem(generator.bytes(16), arrays)

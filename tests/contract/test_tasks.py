@@ -14,6 +14,7 @@ from shared.tasks.base import Task
 from shared.tasks.registry import all_tasks
 from shared.weights import pack, unpack
 
+Maker = Callable[..., RecordStore]
 TASKS = list(all_tasks().values())
 
 
@@ -24,8 +25,13 @@ def task(request: pytest.FixtureRequest) -> Task:
 
 
 @pytest.fixture
-def store(task: Task, tmp_path: Path, make_nodule_store: Callable[..., RecordStore]) -> RecordStore:
-    makers = {"ct-nodules": make_nodule_store}
+def store(
+    task: Task,
+    tmp_path: Path,
+    make_nodule_store: Callable[..., RecordStore],
+    make_cgm_store: Callable[..., RecordStore],
+) -> RecordStore:
+    makers = {"ct-nodules": make_nodule_store, "cgm-5min": make_cgm_store}
     return makers[task.store_kind](tmp_path / "store", patients=10)
 
 

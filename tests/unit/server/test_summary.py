@@ -27,7 +27,7 @@ PLAN = RunPlan(
 )
 KEYS = {
     "task", "run", "status", "rounds_completed", "seed", "plan_digest", "sites", "metrics", "by_group",
-    "baselines", "timings", "peak_rss_mib", "start", "data", "checkpoint",
+    "by_site", "worst_site", "baselines", "timings", "peak_rss_mib", "start", "data", "checkpoint",
 }  # fmt: skip
 
 
@@ -67,11 +67,23 @@ def test_it_holds_the_contract(record: RunRecord) -> None:
     assert summary["plan_digest"] == PLAN.digest
     assert summary["metrics"]["auroc"] == pytest.approx({"value": 0.8, "low": 0.7, "high": 0.9})
     assert summary["metrics"]["accuracy"] == 0.75
+    assert (summary["by_site"], summary["worst_site"]) == ({}, None)
     assert summary["by_group"] == {"GE": {"auroc": None}}
     assert summary["baselines"] == {}
     assert summary["timings"] == {"total_s": 3.5, "setup_s": 0.5, "round_s": [1.0, 2.0]}
     assert summary["start"] == "random weights"
     assert summary["checkpoint"] == {"path": "out/round.safetensors", "sha256": "ab" * 32}
+
+
+def test_hospitals_are_told_apart_where_the_task_does(tmp_path: Path) -> None:
+    store = registry(tmp_path)
+    by_site = {"a": {"rmse_30": 12.0}, "b": {"rmse_30": math.nan}}
+    judged = Evaluation({"rmse_30": 15.0}, details={"by_site": by_site, "worst_site": "b"})
+    store.add_round("r", RoundRow(3, 2.0, judged, {"a": OK}))
+    summary = summarise(store.read("r"), checkpoint(3))
+    assert summary["by_site"] == {"a": {"rmse_30": 12.0}, "b": {"rmse_30": None}}
+    assert summary["metrics"] == {"rmse_30": 15.0, "by_site": summary["by_site"]}
+    assert summary["worst_site"] == "b"
 
 
 def test_a_site_is_charged_for_what_it_may_have_sent(record: RunRecord) -> None:

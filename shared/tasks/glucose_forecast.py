@@ -1,0 +1,136 @@
+"""Task ``glucose-forecast``: where will a patient's glucose be over the next hour?
+
+A record of training is a window: ``HISTORY`` readings and the ``HORIZON`` that followed. The loss is the pinball loss
+of three quantiles, so that a forecast has a width; its middle is a median, which occasional sensor faults move little.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Generator, Tensor, nn
+
+from shared.errors import StorageError
+from shared.forecast_metrics import QUANTILES, by_part, judge
+from shared.models.recurrent import GLUCOSE_SCALE, GlucoseForecaster
+from shared.records import RecordStore
+from shared.tasks.base import Batch, Evaluation, Task
+from shared.tasks.cgm import STEP_MIN, STORE_KIND
+from shared.tasks.cgm_windows import HORIZON, STRIDE, Rows, Windows, judged_windows, window_starts
+from shared.tasks.sampling import draw_records
+
+HISTORY: Final = 36
+"""Readings a forecast looks back on: three hours."""
+INPUTS: Final = ("glucose", "insulin", "carbohydrate", "minute_of_day")
+_EVALUATION_BATCH = 2048
+_PATIENT_PERCENTILES = (5, 25, 50, 75, 95)
+
+
+@dataclass(frozen=True)
+class GlucosePatients:
+    """Patients of a ``cgm-5min`` store; a patient's records are the windows that fit into that patient's segments."""
+
+    store: RecordStore
+
+    @cached_property
+    def _starts(self) -> tuple[Rows, Rows]:
+        """First records of all windows, and which are whose, among the patients who have any."""
+        starts, offsets = window_starts(self.store, HISTORY + HORIZON)
+        owned = np.diff(offsets)
+        return starts, np.concatenate([[0], np.cumsum(owned[owned > 0])]).astype(np.int64)
+
+    def __len__(self) -> int:
+        """Return the number of patients who have a window."""
+        return len(self._starts[1]) - 1
+
+    def draw(self, patients: Tensor, records_per_patient: int, generator: Generator) -> Batch:
+        """Draw ``readings`` ``(B, K, HISTORY, 4)`` and the ``path`` ``(B, K, HORIZON)`` that followed each."""
+        starts, offsets = self._starts
+        first = starts[draw_records(offsets, patients, records_per_patient, generator)]
+        path = np.asarray(self.store.arrays["glucose"], np.float32)[first[..., None] + HISTORY + np.arange(HORIZON)]
+        return Batch({"readings": readings_at(self.store, first + HISTORY), "path": torch.from_numpy(path)})
+
+
+def readings_at(store: RecordStore, rows: Rows, history: int = HISTORY) -> Tensor:
+    """Return the readings ``(..., history, 4)`` before each row ``(...)``, as the model takes them."""
+    back = rows[..., None] + np.arange(-history, 0)
+    return torch.from_numpy(np.stack([np.asarray(store.arrays[name][back], np.float32) for name in INPUTS], axis=-1))
+
+
+def loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return each patient's mean pinball loss ``(B,)``, in units of ``GLUCOSE_SCALE``."""
+    readings, path = batch["readings"], batch["path"]
+    quantiles = model(readings.flatten(0, 1))
+    levels = quantiles.new_tensor(QUANTILES)
+    above = (path.flatten(0, 1)[..., None] - quantiles) / GLUCOSE_SCALE
+    return torch.maximum(levels * above, (levels - 1.0) * above).mean(dim=(1, 2)).view(path.shape[:2]).mean(dim=1)
+
+
+@torch.no_grad()
+def forecast(model: nn.Module, readings: Tensor) -> npt.NDArray[np.float64]:
+    """Return quantiles ``(W, HORIZON, 3)`` in mg/dL of readings ``(W, T, 4)``."""
+    device = next(model.parameters()).device
+    parts = [model(part.to(device)).cpu() for part in readings.split(_EVALUATION_BATCH)]
+    return torch.cat(parts).double().numpy()
+
+
+def evaluate(model: nn.Module, store: RecordStore) -> Evaluation:
+    """Judge the forecasts inside the last readings of every segment; see :mod:`shared.tasks.cgm_windows`."""
+    windows = usable_windows(store)
+    return judge_windows(forecast(model, readings_at(store, windows.rows)), windows)
+
+
+def usable_windows(store: RecordStore) -> Windows:
+    """Return the judged windows that have as much history as the model looks at.
+
+    Raises:
+        StorageError: If there is none.
+    """
+    windows = judged_windows(store)
+    windows = windows.subset(np.isfinite(windows.history[:, -HISTORY]))
+    if not len(windows):
+        raise StorageError("No segment is long enough to judge a forecast in; give more days of readings.")
+    return windows
+
+
+def judge_windows(quantiles: npt.NDArray[Any], windows: Windows) -> Evaluation:
+    """Return the evaluation of any forecast ``(W, HORIZON, 3)``: overall, by patient and, where known, by hospital."""
+    truth, last = windows.path.astype(np.float64), windows.history[:, -1].astype(np.float64)
+    squared = (quantiles[:, 30 // STEP_MIN - 1, 1] - truth[:, 30 // STEP_MIN - 1]) ** 2
+    counts = np.bincount(windows.patient)
+    errors = np.sqrt(np.bincount(windows.patient, weights=squared)[counts > 0] / counts[counts > 0])
+    details: dict[str, Any] = {
+        # Nobody is named: only how the error is spread over the patients.
+        "rmse_30_of_patients": dict(
+            zip(map(str, _PATIENT_PERCENTILES), np.percentile(errors, _PATIENT_PERCENTILES).tolist(), strict=True)
+        )
+    }
+    if windows.sites:
+        by_site = by_part(quantiles, truth, last, STRIDE, windows.site, windows.sites)
+        details["by_site"] = by_site
+        details["worst_site"] = min(by_site, key=lambda site: by_site[site]["skill_30"])
+    return Evaluation(metrics=judge(quantiles, truth, last, STRIDE), details=details)
+
+
+TASK = Task(
+    name="glucose-forecast",
+    store_kind=STORE_KIND,
+    metric="skill_30",
+    build=GlucoseForecaster,
+    load=GlucosePatients,
+    loss=loss,
+    evaluate=evaluate,
+    defaults={
+        "rounds": 30,
+        "local_steps": 8,
+        "sample_rate": 1.0,
+        "records_per_patient": 4,
+        "max_grad_norm": 0.02,
+        "optimizer": "sgd",
+        "learning_rate": 5.0,
+        "schedule": "linear",
+    },
+)

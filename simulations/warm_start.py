@@ -1,0 +1,165 @@
+"""Public weights that a glucose run starts from: ``python -m simulations.warm_start OUT.safetensors``.
+
+What is learnt from nobody costs no privacy. The start is trained on two kinds of made-up records: the simulated
+cohort (with its meals and insulin), and random processes that wander, dip and rise at many speeds and are seen
+through sensors of many noises and smoothings, so that the network learns to tell from the readings how far their
+slope can be trusted. ``simulations/starts/glucose-forecast.safetensors`` is its output with the defaults; on another
+machine floating point makes it a little different, which is why the file is kept and named by its SHA-256.
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import save
+from torch import Generator, nn
+from torch.optim import Adam
+
+from shared.dp.step import OrdinaryStep
+from shared.files import write_atomic
+from shared.records import KEY_BYTES, RecordStore
+from shared.tasks.base import Batch
+from shared.tasks.cgm import COVARIATES, STEP_MIN, STORE_KIND
+from shared.tasks.glucose_forecast import TASK
+from simulations.generators.glucose_days import simulate_days
+from simulations.generators.glucose_model import TYPES
+
+STEPS: Final = 3000
+_DAY: Final = 1440 // STEP_MIN
+_BATCH: Final = 128
+_RATE: Final = 5e-3
+_WALKS: Final = 4000
+_COHORT, _COHORT_DAYS = 240, 4
+_SPIN_UP: Final = 144
+_LIMITS: Final = (40.0, 400.0)
+Series = npt.NDArray[np.float64]
+
+
+def train_start(steps: int = STEPS, seed: int = 0, walks: int = _WALKS, cohort: int = _COHORT) -> nn.Module:
+    """Return the task's model, trained on made-up records.
+
+    Args:
+        steps: Optimizer steps.
+        seed: Of everything.
+        walks: Random processes of a day each.
+        cohort: Simulated patients.
+    """
+    rng, generator = np.random.default_rng(seed), Generator().manual_seed(seed)
+    sources = [TASK.load(walk_store(walks, rng)), TASK.load(cohort_store(cohort, rng))]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = TASK.build()
+    optimizer = Adam(model.parameters(), lr=_RATE)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    step = OrdinaryStep(model, optimizer, TASK.loss)
+    for _ in range(steps):
+        drawn = [s.draw(torch.randint(len(s), (_BATCH,), generator=generator), 1, generator) for s in sources]
+        step(Batch({name: torch.cat([batch[name] for batch in drawn]) for name in drawn[0].fields}))
+        decay.step()
+    return model
+
+
+def walk_store(count: int, rng: np.random.Generator) -> RecordStore:
+    """Return a day of each of ``count`` random processes, as an intake would have stored it."""
+    readings = seen_by_sensors(random_walks(count, _DAY, rng), rng)
+    return _store(readings, np.zeros_like(readings), np.zeros_like(readings))
+
+
+def random_walks(count: int, steps: int, rng: np.random.Generator) -> Series:
+    """Return ``(count, steps)`` mg/dL: smoothed noise and, on top, rises like those after meals."""
+
+    def between(low: float, high: float) -> Series:
+        return np.exp(rng.uniform(np.log(low), np.log(high), (count, 1)))
+
+    wander = _smoothed(rng.standard_normal((count, steps + _SPIN_UP)), between(40, 240), between(8, 60))[:, _SPIN_UP:]
+    spread = between(6, 60)
+    wander = spread * (wander - wander.mean(1, keepdims=True)) / wander.std(1, keepdims=True)
+    meals = (rng.random(wander.shape) < 5 / _DAY) * rng.gamma(2.0, 0.5, wander.shape)
+    rises = _smoothed(meals, between(15, 50), between(15, 50)) * between(150, 2500) * np.clip(spread / 30, 0.2, 2.0)
+    glucose = wander + rises
+    glucose += rng.uniform(80, 180, (count, 1)) - np.median(glucose, axis=1, keepdims=True)
+    lifted: Series = np.where(glucose < 70, 70 - 0.4 * (70 - glucose), glucose)
+    return lifted
+
+
+def seen_by_sensors(glucose: Series, rng: np.random.Generator) -> Series:
+    """Return what sensors write of ``(count, steps)``: noise, smoothing and rounding, each of many kinds."""
+    count, steps = glucose.shape
+    keep = rng.uniform(0.0, 0.95, (count, 1))
+    noise = rng.standard_normal(glucose.shape)
+    for step in range(1, steps):
+        noise[:, step] = keep[:, 0] * noise[:, step - 1] + np.sqrt(1 - keep[:, 0] ** 2) * noise[:, step]
+    seen = glucose * (1.0 + noise * np.exp(rng.uniform(np.log(0.002), np.log(0.05), (count, 1))))
+    passes = rng.integers(0, 4, (count, 1))
+    for done in range(3):
+        wide = np.pad(seen, ((0, 0), (1, 1)), mode="edge")
+        seen = np.where(passes > done, (wide[:, :-2] + 2.0 * wide[:, 1:-1] + wide[:, 2:]) / 4.0, seen)
+    # Some sensors write every 15 minutes, and intake draws lines between their readings.
+    before = np.arange(steps) // 3 * 3
+    after, way = np.minimum(before + 3, (steps - 1) // 3 * 3), (np.arange(steps) - before) / 3.0
+    seen = np.where(rng.random((count, 1)) < 0.1, seen[:, before] * (1 - way) + seen[:, after] * way, seen)
+    return np.clip(np.where(rng.random((count, 1)) < 0.7, np.round(seen), seen), *_LIMITS)
+
+
+def cohort_store(patients: int, rng: np.random.Generator) -> RecordStore:
+    """Return some days of simulated patients; every second of them without notes of insulin and food."""
+    days = simulate_days(np.arange(patients) % len(TYPES), _COHORT_DAYS, rng)
+    readings = days.readings.T.astype(np.float64)
+    at = np.arange(readings.shape[1])
+    for row in readings:
+        known = np.isfinite(row)
+        row[~known] = np.interp(at[~known], at[known], row[known])
+    noted = (np.arange(patients) // len(TYPES) % 2 == 0)[:, None]
+    return _store(readings, days.insulin.T * noted, days.carbohydrate.T * noted)
+
+
+def _smoothed(series: Series, *minutes: Series) -> Series:
+    """Pass ``(count, steps)`` through one first-order filter after another, of time constants ``(count, 1)``."""
+    for constant in minutes:
+        keep = np.exp(-STEP_MIN / constant[:, 0])
+        series, state = np.empty_like(series), series
+        series[:, 0] = 0.0
+        for step in range(1, series.shape[1]):
+            series[:, step] = keep * series[:, step - 1] + (1 - keep) * state[:, step]
+    return series
+
+
+def _store(readings: Series, insulin: Series, carbohydrate: Series) -> RecordStore:
+    """Return series ``(count, steps)`` as an in-memory store of one segment each."""
+    count, steps = readings.shape
+    clock = np.tile(np.arange(steps) * STEP_MIN % 1440, count)
+    return RecordStore(
+        kind=STORE_KIND,
+        attributes={"covariates": list(COVARIATES)},
+        offsets=np.arange(count + 1, dtype=np.int64) * steps,
+        keys=np.zeros((count, KEY_BYTES), np.uint8),
+        arrays={
+            "glucose": readings.ravel().astype(np.float32),
+            "insulin": insulin.ravel().astype(np.float32),
+            "carbohydrate": carbohydrate.ravel().astype(np.float32),
+            "minute_of_day": clock.astype(np.int16),
+            "segment": np.zeros(count * steps, np.int32),
+            "measured": np.ones(count * steps, bool),
+        },
+        digest="",
+    )
+
+
+def write_start(path: Path, steps: int = STEPS) -> str:
+    """Train, write a checkpoint for ``--init``, and return its SHA-256.
+
+    Raises:
+        StorageError: If the file cannot be written.
+    """
+    content = save({name: tensor.contiguous() for name, tensor in train_start(steps).state_dict().items()})
+    write_atomic(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.stdout.write(f"{write_start(Path(sys.argv[1]))}\n")

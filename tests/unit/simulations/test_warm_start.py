@@ -1,0 +1,60 @@
+"""The public start: made of made-up records only, and worth having."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from server.checkpoints import load_weights
+from shared.records import RecordStore
+from shared.tasks.cgm_windows import judged_windows
+from shared.tasks.glucose_forecast import TASK
+from simulations.sources import find_source
+from simulations.warm_start import cohort_store, random_walks, train_start, walk_store, write_start
+
+
+@pytest.fixture(scope="module")
+def walks() -> RecordStore:
+    return walk_store(150, np.random.default_rng(99))
+
+
+def skill(model: nn.Module, store: RecordStore) -> float:
+    return TASK.evaluate(model.eval(), store).value("skill_30")
+
+
+def test_the_start_that_is_kept_foresees_unseen_processes_and_patients(walks: RecordStore) -> None:
+    path = find_source("glucose-forecast").start
+    assert path is not None
+    model = TASK.build()
+    load_weights(path, model)
+    cohort = cohort_store(12, np.random.default_rng(98))
+    for store, least in ((walks, 0.1), (cohort, 0.2)):
+        evaluation = TASK.evaluate(model.eval(), store)
+        assert evaluation.value("skill_30") > least
+        assert 0.85 < evaluation.value("coverage_90") < 0.95
+
+
+def test_training_it_is_repeatable_and_helps(walks: RecordStore) -> None:
+    first, second = (train_start(steps=40, walks=100, cohort=6) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert skill(first, walks) > skill(TASK.build(), walks) + 0.02
+
+
+def test_what_is_written_can_be_started_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = train_start(steps=2, walks=10, cohort=6)
+    monkeypatch.setattr("simulations.warm_start.train_start", lambda steps: trained)
+    digest = write_start(tmp_path / "start.safetensors")
+    model = TASK.build()
+    assert load_weights(tmp_path / "start.safetensors", model) == digest
+    assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), model.parameters(), strict=True))
+
+
+def test_walks_look_like_glucose() -> None:
+    walks = random_walks(400, 288, np.random.default_rng(0))
+    assert np.isfinite(walks).all()
+    assert 80 < np.median(walks) < 180
+    changes = np.abs(np.diff(walks, axis=1))
+    assert np.median(changes) < 3.0
+    assert len(judged_windows(walk_store(3, np.random.default_rng(0)))) == 3 * 11
