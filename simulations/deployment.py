@@ -3,15 +3,12 @@
 Everything goes through the commands that operators and stewards type. Only processes started here are ended here.
 """
 
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,10 +17,10 @@ from typing import Any, TypeVar
 
 from server.config import ServerConfig
 from shared.errors import FederationError
+from shared.telemetry import health_of
 
 _POLL_S = 0.05
 _END_S = 10.0
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _T = TypeVar("_T")
 
 
@@ -126,16 +123,8 @@ class Deployment:
         return process.wait(timeout=_END_S)
 
     def health(self) -> dict[str, Any]:
-        """Return what the service says of itself; empty while it does not answer."""
-        url = f"http://127.0.0.1:{ServerConfig.read(self.server).health_port}/healthz"
-        try:
-            with _DIRECT.open(url, timeout=2) as answer:
-                return dict(json.load(answer))
-        except urllib.error.HTTPError as error:
-            with error:
-                return dict(json.load(error))
-        except OSError:
-            return {}
+        """Return what the service says of itself."""
+        return health_of(ServerConfig.read(self.server).health_port)
 
     def wait_connected(self, *names: str) -> None:
         """Wait until the service counts these sites as connected."""
