@@ -248,5 +248,5 @@ def test_the_health_of_a_daemon_is_asked_on_loopback(tmp_path: Path, monkeypatch
         (tmp_path / HEALTH_PORT_FILE).write_text(f"{port}\n")
         assert daemon_health(tmp_path, 0) == {"answers": True, "ok": True, "connected": True}
         state["ok"] = False
-        assert daemon_health(tmp_path, port) == {"answers": True, "ok": False}
+        assert daemon_health(tmp_path, port) == {"answers": True, "ok": False, "connected": True}
     assert daemon_health(tmp_path, port) == {"answers": False, "ok": False}
