@@ -115,10 +115,16 @@ def start(site: SiteFolder) -> None:
 
 
 @app.command(epilog="Example:  fedward-site status H1 --json")
-def status(site: SiteFolder, as_json: AsJson = False) -> None:
+def status(
+    site: SiteFolder,
+    as_json: AsJson = False,
+    healthy: Annotated[bool, typer.Option("--healthy", help="Only an exit status: 0 if the daemon is well.")] = False,
+) -> None:
     """Show rules, store, budget, audit log and whether the daemon answers."""
-    from client.overview import status_of
+    from client.overview import daemon_health, status_of
 
+    if healthy:
+        raise typer.Exit(0 if daemon_health(site, _open(site).policy.health_port)["ok"] else 1)
     state = status_of(_open(site))
     if as_json:
         _print_json(state)

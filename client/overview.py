@@ -1,22 +1,17 @@
 """What a site's steward is shown: budget, releases, store, audit log, daemon. Plain JSON values; nothing is written."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
-from urllib.request import ProxyHandler, build_opener
 
 from client.audit_check import verify
 from client.site import STORE, Site
 from client.status import HEALTH_PORT_FILE
 from shared.errors import StorageError
 from shared.records import RecordStore
-from shared.telemetry import LOOPBACK
-
-_HEALTH_S = 2.0
+from shared.telemetry import health_of
 
 
 def ledger_of(site: Site) -> dict[str, Any]:
@@ -52,22 +47,17 @@ def status_of(site: Site) -> dict[str, Any]:
         "budget": {key: books[key] for key in ("epsilon", "max_epsilon", "remaining", "max_delta")}
         | {"releases": len(books["releases"])},
         "audit": {"ok": not checked.problems, "lines": checked.head.sequence, "head": checked.head.sha256},
-        "daemon": health_of(site.folder, site.policy.health_port),
+        "daemon": daemon_health(site.folder, site.policy.health_port),
     }
 
 
-def health_of(folder: Path, configured: int) -> Mapping[str, Any]:
-    """Ask the daemon's health endpoint on loopback; ``{"answers": False}`` if nobody does."""
+def daemon_health(folder: Path, configured: int) -> Mapping[str, Any]:
+    """Ask the site's daemon how it fares, on the port of ``site.toml`` or the one that it chose."""
     try:
         port = configured or int((folder / HEALTH_PORT_FILE).read_text())
-        # Without this, a proxy in the environment would be asked.
-        with build_opener(ProxyHandler({})).open(f"http://{LOOPBACK}:{port}/healthz", timeout=_HEALTH_S) as answer:
-            facts = json.loads(answer.read(65_536))
-    except URLError as error:
-        return {"answers": hasattr(error, "code"), "ok": False}  # 503: it is there and says that it is not well
     except (OSError, ValueError):
-        return {"answers": False, "ok": False}
-    return {"answers": True, **facts}
+        return {"ok": False, "answers": False}
+    return health_of(port)
 
 
 def _store(path: Path) -> dict[str, Any]:

@@ -122,6 +122,16 @@ def load_weights(path: Path, model: nn.Module, sha256: str | None = None) -> str
     return digest
 
 
+def checkpoint_sha256(path: Path) -> str:
+    """Return the SHA-256 of a weights file, by which a plan names it.
+
+    Raises:
+        StorageError: If it cannot be read.
+    """
+    with storage_errors(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def load_strategy(checkpoint: Checkpoint) -> State:
     """Return the strategy's state as it was saved; empty if there was none.
 
@@ -145,13 +155,3 @@ def _read(path: Path, sha256: str | None) -> tuple[bytes, str]:
     if sha256 not in (None, digest):
         raise StorageError(f"The checkpoint {path} was changed after it was written.")
     return content, digest
-
-
-def checkpoint_sha256(path: Path) -> str:
-    """Return the SHA-256 of a weights file, by which a plan names it.
-
-    Raises:
-        StorageError: If it cannot be read.
-    """
-    with storage_errors(path):
-        return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -162,14 +162,18 @@ def status(
     server: Server,
     run_name: Annotated[str | None, typer.Argument(metavar="[RUN]", help="One run, in detail.")] = None,
     as_json: AsJson = False,
+    healthy: Annotated[bool, typer.Option("--healthy", help="Only an exit status: 0 if the service is well.")] = False,
 ) -> None:
     """Show the runs, or one run's rounds."""
     from server.config import ServerConfig
     from server.operations import overview, rounds_table, runs_table
     from server.runs import all_runs, find_run
     from server.supervisor import service_pid
+    from shared.telemetry import health_of
 
-    ServerConfig.read(server)
+    config = ServerConfig.read(server)
+    if healthy:
+        raise typer.Exit(0 if health_of(config.health_port)["ok"] else 1)
     folders = [find_run(server, run_name)] if run_name else all_runs(server)
     rows = [overview(folder) for folder in folders]
     if as_json:

@@ -1,8 +1,6 @@
 """What the operator's commands show of sites and runs."""
 
-import json
 import time
-import urllib.request
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,23 +18,19 @@ from server.summary import write_summary
 from shared.errors import StorageError
 from shared.files import storage_errors
 from shared.tasks.registry import find_task
-from shared.telemetry import LOOPBACK
+from shared.telemetry import health_of
 
 _POLL_S = 0.5
-_ASK_S = 2.0
 _SHOWN_ROUNDS = 15
 _UNREADABLE_FOR_S = 60.0
 
 
 def connected_sites(config: ServerConfig) -> frozenset[str] | None:
-    """Return the names of the sites connected to the running service; ``None`` if it does not answer."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with direct.open(f"http://{LOOPBACK}:{config.health_port}/healthz", timeout=_ASK_S) as answer:
-            names = json.load(answer)["connected"]
-    except (OSError, ValueError, KeyError):  # HTTP's errors are OSErrors: a service that is not well yet
+    """Return the names of the sites connected to the running service; ``None`` if it does not answer or is not well."""
+    state = health_of(config.health_port)
+    if not state.get("ok"):
         return None
-    return frozenset(filter(None, names.split(",")))
+    return frozenset(filter(None, state.get("connected", "").split(",")))
 
 
 def follow(folder: RunFolder, console: Console) -> str | None:

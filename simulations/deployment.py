@@ -3,15 +3,12 @@
 Everything goes through the commands that operators and stewards type. Only processes started here are ended here.
 """
 
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,10 +17,10 @@ from typing import Any, TypeVar
 
 from server.config import ServerConfig
 from shared.errors import FederationError
+from shared.telemetry import health_of
 
 _POLL_S = 0.05
 _END_S = 10.0
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _T = TypeVar("_T")
 
 
@@ -59,7 +56,7 @@ class Deployment:
 
     folder: Path
     port: int = field(default_factory=free_port)
-    _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _processes: dict[str, subprocess.Popen[Any]] = field(default_factory=dict)
 
     @property
     def server(self) -> Path:
@@ -100,7 +97,7 @@ class Deployment:
         self.must("server", "enrol", self.server, folder / "site.pub", "--name", name)
         return folder
 
-    def start(self, name: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    def start(self, name: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[Any]:
         """Start the aggregator (``server``) or a site's daemon; its log is ``NAME.log``."""
         role = "server" if name == "server" else "site"
         with (self.folder / f"{name}.log").open("ab") as log:
@@ -115,6 +112,10 @@ class Deployment:
         self._processes[name] = process
         return process
 
+    def end_with_others(self, name: str, process: subprocess.Popen[Any]) -> None:
+        """Have a process that was started elsewhere killed at the end."""
+        self._processes[name] = process
+
     def stop(self, name: str, number: int = signal.SIGTERM) -> int:
         """Signal a process and wait for its end; return its exit status."""
         process = self._processes.pop(name)
@@ -122,16 +123,8 @@ class Deployment:
         return process.wait(timeout=_END_S)
 
     def health(self) -> dict[str, Any]:
-        """Return what the service says of itself; empty while it does not answer."""
-        url = f"http://127.0.0.1:{ServerConfig.read(self.server).health_port}/healthz"
-        try:
-            with _DIRECT.open(url, timeout=2) as answer:
-                return dict(json.load(answer))
-        except urllib.error.HTTPError as error:
-            with error:
-                return dict(json.load(error))
-        except OSError:
-            return {}
+        """Return what the service says of itself."""
+        return health_of(ServerConfig.read(self.server).health_port)
 
     def wait_connected(self, *names: str) -> None:
         """Wait until the service counts these sites as connected."""
@@ -148,7 +141,7 @@ def deployment(folder: Path, port: int | None = None) -> Iterator[Deployment]:
     finally:
         for process in whole._processes.values():
             process.kill()
-            process.wait()
+            process.communicate()
 
 
 def _command(role: str) -> list[str]:

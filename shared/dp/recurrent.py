@@ -8,6 +8,7 @@ and the clipped sum is one matrix product per weight. The GRU's reset gate acts 
 so its hidden side has gate gradients of its own.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.dp.scans import gru_backward, gru_forward, lstm_backward, lstm_forward
-from shared.dp.tape import Contribution, Tape, gram_norm
+from shared.dp.tape import Contribution, Tape, gram_is_cheaper, gram_norm, square_norm
 from shared.errors import FederationError
 
 Output = tuple[Tensor, Tensor]
@@ -93,7 +94,9 @@ class _GRU(torch.autograd.Function):
         inputs, w_ih, w_hh, hiddens, activations, candidates = ctx.saved_tensors
         of_outputs = output_gradient.transpose(0, 1)
         hidden_side, of_candidates = gru_backward(of_outputs, hiddens, activations, candidates, w_hh, ctx.mask)
-        ctx.tape.add(_two_sided(ctx.parameters, inputs.transpose(0, 1), hiddens, hidden_side, of_candidates, ctx.tape))
+        ctx.tape.add(
+            _two_sided(ctx.parameters, inputs.transpose(0, 1), hiddens, hidden_side, of_candidates, ctx.tape.patients)
+        )
         if not ctx.needs_input_grad[0]:
             return None, *[None] * 6
         shared = hidden_side.shape[-1] - of_candidates.shape[-1]
@@ -120,22 +123,61 @@ def _before(hiddens: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(hiddens[:1]), hiddens[:-1]])
 
 
+@dataclass(frozen=True, eq=False)
+class _Product:
+    """Σ_t g_t z_tᵀ of gate gradients ``(T, N, k)`` and inputs ``(T, N, D)``, of every patient or over all of them.
+
+    Attributes:
+        by_patient: Every patient's ``(B, k, D)``, where forming it is cheaper than Gram products.
+    """
+
+    gates: Tensor
+    inputs: Tensor
+    by_patient: Tensor | None
+
+    @classmethod
+    def of(cls, gates: Tensor, inputs: Tensor, patients: int, *, gram: bool) -> "_Product":
+        """Form every patient's product unless ``gram``."""
+        formed = None if gram else _positions(gates, patients).transpose(1, 2) @ _positions(inputs, patients)
+        return cls(gates, inputs, formed)
+
+    def weighted(self, coefficients: Tensor) -> Tensor:
+        """Return the patients' weighted sum ``(k, D)``; scaling the inputs, the smaller side, is enough."""
+        if self.by_patient is not None:
+            return (coefficients @ self.by_patient.flatten(1)).view(self.by_patient.shape[1:])
+        steps, records, _ = self.gates.shape
+        by_row = coefficients.repeat_interleave(records // len(coefficients)).repeat(steps)[:, None]
+        return self.gates.flatten(0, 1).t() @ (self.inputs.flatten(0, 1) * by_row)
+
+
+def _joined(*sides: Tensor, bias: bool) -> Tensor:
+    """Return the inputs side by side, with a one for the bias at the end."""
+    one = [sides[0].new_ones(*sides[0].shape[:2], 1)] if bias else []
+    return torch.cat([*sides, *one], dim=-1)
+
+
 def _one_sided(
     parameters: tuple[nn.Parameter | None, ...], x: Tensor, hiddens: Tensor, gates: Tensor, patients: int
 ) -> Contribution:
     """The contribution of an LSTM, whose input and hidden side have the same gate gradients ``(T, N, 4H)``.
 
-    Both weights are one: [W_ih, W_hh] used at positions [x, h]. Both biases have one gradient.
+    Both weights are one: [W_ih, W_hh] used at positions [x, h]. Both biases have one gradient, which counts twice.
     """
-    joined = torch.cat([x, _before(hiddens)], dim=-1)
-    biases = sum(bias is not None for bias in parameters[2:])
+    bias, sizes = parameters[2] is not None, (x.shape[-1], hiddens.shape[-1])
+    joined = _joined(x, _before(hiddens), bias=bias)
+    gram = gram_is_cheaper(_count(gates, patients), joined.shape[-1], gates.shape[-1])
+    product = _Product.of(gates, joined, patients, gram=gram)
+    if product.by_patient is None:
+        norms = gram_norm(_positions(joined, patients), _positions(gates, patients), int(bias))
+    else:
+        norms = square_norm(product.by_patient)
+        if bias:
+            norms = norms + square_norm(product.by_patient[..., -1])
 
     def weighted(coefficients: Tensor) -> tuple[Tensor, ...]:
-        by_row = _by_row(coefficients, gates)
-        weight, bias = gates.flatten(0, 1).t() @ (joined.flatten(0, 1) * by_row), gates.flatten(0, 1).t() @ by_row
-        return *weight.split([x.shape[-1], hiddens.shape[-1]], dim=1), *(bias[:, 0].clone() for _ in range(biases))
+        of_x, of_h, *of_bias = product.weighted(coefficients).split([*sizes, *[1] * bias], dim=1)
+        return (of_x, of_h, *(b[:, 0].clone() for b in of_bias * 2))
 
-    norms = gram_norm(_positions(joined, patients), _positions(gates, patients), biases)
     return Contribution(tuple(p for p in parameters if p is not None), norms, weighted)
 
 
@@ -145,30 +187,32 @@ def _two_sided(
     hiddens: Tensor,
     hidden_side: Tensor,
     of_candidates: Tensor,
-    tape: Tape,
+    patients: int,
 ) -> Contribution:
     """The contribution of a GRU, whose sides share the gradients of r and z and have their own of n.
 
-    The Gram products and sums over what is shared are made once.
+    The hidden side's gates are multiplied with [x, h, 1] and the input side's n with [x, 1]; of the first product, n
+    times x belongs to no weight, and r and z times the 1 count twice.
     """
-    shared = hidden_side.shape[-1] - of_candidates.shape[-1]
-    r_and_z, own = hidden_side[..., :shared], hidden_side[..., shared:]
-    h = _before(hiddens)
-    joined, with_bias = torch.cat([x, h], dim=-1), parameters[2] is not None
-    grams = [_gram(_positions(side, tape.patients)) for side in (x, h, r_and_z, of_candidates, own)]
-    of_x, of_h, of_shared, of_n, of_own = grams
-    norms = ((of_x + with_bias) * (of_shared + of_n) + (of_h + with_bias) * (of_shared + of_own)).sum((1, 2))
+    bias, d, size = parameters[2] is not None, x.shape[-1], hiddens.shape[-1]
+    h, shared = _before(hiddens), hidden_side.shape[-1] - size
+    gram = gram_is_cheaper(_count(hidden_side, patients), d + size, hidden_side.shape[-1])
+    whole = _Product.of(hidden_side, _joined(x, h, bias=bias), patients, gram=gram)
+    candidates = _Product.of(of_candidates, _joined(x, bias=bias), patients, gram=gram)
+    if whole.by_patient is None or candidates.by_patient is None:
+        sides = x, h, hidden_side[..., :shared], of_candidates, hidden_side[..., shared:]
+        of_x, of_h, of_shared, of_n, of_own = (_gram(_positions(side, patients)) for side in sides)
+        norms = ((of_x + bias) * (of_shared + of_n) + (of_h + bias) * (of_shared + of_own)).sum((1, 2))
+    else:
+        whole.by_patient[:, shared:, :d] = 0.0  # taking its square off again could leave a norm that is too small
+        norms = square_norm(whole.by_patient) + square_norm(candidates.by_patient)
+        if bias:
+            norms = norms + square_norm(whole.by_patient[:, :shared, -1])
 
     def weighted(coefficients: Tensor) -> tuple[Tensor, ...]:
-        by_row = _by_row(coefficients, hidden_side)
-        scaled = joined.flatten(0, 1) * by_row
-        scaled_x, scaled_h = scaled.split([x.shape[-1], h.shape[-1]], dim=1)
-        both, n, u = r_and_z.flatten(0, 1).t(), of_candidates.flatten(0, 1).t(), own.flatten(0, 1).t()
-        in_both_x, in_both_h = (both @ scaled).split([x.shape[-1], h.shape[-1]], dim=1)
-        weights = torch.cat([in_both_x, n @ scaled_x]), torch.cat([in_both_h, u @ scaled_h])
-        if not with_bias:
-            return weights
-        return *weights, torch.cat([both @ by_row, n @ by_row])[:, 0], torch.cat([both @ by_row, u @ by_row])[:, 0]
+        both, n = whole.weighted(coefficients), candidates.weighted(coefficients)
+        weights = torch.cat([both[:shared, :d], n[:, :d]]), both[:, d : d + size]
+        return (*weights, torch.cat([both[:shared, -1], n[:, -1]]), both[:, -1].clone()) if bias else weights
 
     return Contribution(tuple(p for p in parameters if p is not None), norms, weighted)
 
@@ -177,10 +221,9 @@ def _gram(positions: Tensor) -> Tensor:
     return positions @ positions.transpose(1, 2)
 
 
-def _by_row(coefficients: Tensor, gates: Tensor) -> Tensor:
-    """Return each patient's coefficient at every step of its records ``(T·N, 1)``."""
-    steps, records, _ = gates.shape
-    return coefficients.repeat_interleave(records // len(coefficients)).repeat(steps)[:, None]
+def _count(gates: Tensor, patients: int) -> int:
+    """Return how many positions each patient has."""
+    return gates.shape[0] * gates.shape[1] // patients
 
 
 def _positions(tensor: Tensor, patients: int) -> Tensor:

@@ -16,6 +16,7 @@ from client.ledger import Ledger
 from server.config import ServerConfig
 from server.registry import OK, Registry
 from server.runs import worker
+from shared.errors import StorageError
 from shared.records import RecordStore
 from simulations.deployment import Deployment, deployment, wait_for
 from simulations.generators.hospitals import generate_hospitals
@@ -66,9 +67,9 @@ def submit(whole: Deployment, rounds: int, *extra: str) -> subprocess.Popen[str]
     lines = ['task = "nodule-classification"', f"rounds = {rounds}", "epsilon = 8.0", f"seed = {SEED}", *extra]
     plan.write_text("\n".join(lines))
     command = [sys.executable, "-m", "server.cli", "run", str(whole.server), str(plan), "--wait", "--name", RUN]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    whole.end_with_others("run", process)
+    return process
 
 
 def registry(whole: Deployment) -> Registry:
@@ -76,7 +77,10 @@ def registry(whole: Deployment) -> Registry:
 
 
 def rounds_done(whole: Deployment) -> int:
-    return registry(whole).read(RUN).rounds_completed
+    try:
+        return registry(whole).read(RUN).rounds_completed
+    except StorageError:  # the run is being submitted
+        return 0
 
 
 def finish(process: subprocess.Popen[str]) -> None:
@@ -120,7 +124,7 @@ def test_from_init_to_report_with_the_simulations_numbers(consortium, hospitals,
     start(consortium, "server", *SITES)
     consortium.wait_connected(*SITES)
     run = submit(consortium, ROUNDS, "min-sites = 1")
-    wait_for("a round", lambda: rounds_done(consortium) if (consortium.server / "runs" / RUN).exists() else 0)
+    wait_for("a round", lambda: rounds_done(consortium))
     for name in SITES:
         process = consortium._processes[name]
         health = int((consortium.site(name) / "health-port").read_text())
@@ -146,7 +150,7 @@ def test_every_process_killed_in_turn_and_the_run_ends_with_every_round_once(con
     start(consortium, "server", *SITES)
     consortium.wait_connected(*SITES)
     run = submit(consortium, rounds, "local-steps = 30", "min-sites = 3")
-    wait_for("the first round", lambda: (consortium.server / "runs" / RUN).exists() and rounds_done(consortium) >= 1)
+    wait_for("the first round", lambda: rounds_done(consortium))
 
     consortium.stop("site-1", signal.SIGKILL)  # most likely in mid-training
     start(consortium, "site-1")

@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry
 pytest.importorskip("client.keys")
 
 from client import cli, setup
-from client.overview import HEALTH_PORT_FILE, health_of
+from client.overview import HEALTH_PORT_FILE, daemon_health
 from client.predict import load_model
 from client.site import Site
 from server.checkpoints import save_checkpoint
@@ -244,9 +244,9 @@ def test_the_health_of_a_daemon_is_asked_on_loopback(tmp_path: Path, monkeypatch
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # must not be asked
     state = {"ok": True}
     with serve(CollectorRegistry(), lambda: Health(state["ok"], {"connected": True}), 0) as port:
-        assert health_of(tmp_path, 0) == {"answers": False, "ok": False}
+        assert daemon_health(tmp_path, 0) == {"answers": False, "ok": False}
         (tmp_path / HEALTH_PORT_FILE).write_text(f"{port}\n")
-        assert health_of(tmp_path, 0) == {"answers": True, "ok": True, "connected": True}
+        assert daemon_health(tmp_path, 0) == {"answers": True, "ok": True, "connected": True}
         state["ok"] = False
-        assert health_of(tmp_path, port) == {"answers": True, "ok": False}
-    assert health_of(tmp_path, port) == {"answers": False, "ok": False}
+        assert daemon_health(tmp_path, port) == {"answers": True, "ok": False, "connected": True}
+    assert daemon_health(tmp_path, port) == {"answers": False, "ok": False}

@@ -61,6 +61,10 @@ CASES: dict[str, tuple[Build, tuple[int, ...]]] = {
         seq(First(nn.GRU(3, 4, num_layers=2, bidirectional=True, batch_first=True)), nn.Linear(8, 1)), (5, 3)
     ),
     "gru without bias": (seq(First(nn.GRU(3, 4, bias=False, batch_first=True))), (5, 3)),
+    "lstm wide": (seq(First(nn.LSTM(3, 16, batch_first=True))), (2, 3)),  # the Gram product is cheaper
+    "lstm wide without bias": (seq(First(nn.LSTM(3, 16, bias=False, batch_first=True))), (2, 3)),
+    "gru wide": (seq(First(nn.GRU(3, 16, batch_first=True))), (2, 3)),
+    "gru wide without bias": (seq(First(nn.GRU(3, 16, bias=False, batch_first=True))), (2, 3)),
     "only Opacus knows": (seq(nn.Linear(4, 4), nn.InstanceNorm1d(3, affine=True), nn.RMSNorm(4)), (3, 4)),
 }  # fmt: skip
 
