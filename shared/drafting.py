@@ -25,7 +25,9 @@ def draft_plan(task: str, *, epsilon: float, delta: float, overrides: Mapping[st
     Raises:
         PlanError: If the task is unknown, a field is impossible, or no usable noise keeps the promise.
     """
-    values = {**find_task(task).defaults, **overrides, "task": task, "delta": delta}
+    found = find_task(task)
+    defaults = {**found.defaults, **(found.without_privacy if math.isinf(epsilon) else {})}
+    values = {**defaults, **overrides, "task": task, "delta": delta}
     noiseless = RunPlan.from_mapping({**values, "noise_multiplier": 0.0})
     if math.isnan(epsilon) or epsilon <= 0:
         raise PlanError(f"epsilon must be positive, not {epsilon}; 'inf' trains without privacy.")

@@ -94,8 +94,11 @@ def _images(side: int) -> Callable[[int, Generator], tuple[Tensor, Tensor]]:
     return draw
 
 
-def _labelled(batch: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    return _images(28)(batch, generator)[0], torch.randint(0, 2, (batch,), generator=generator)
+def _labelled(side: int) -> Callable[[int, Generator], tuple[Tensor, Tensor]]:
+    def draw(batch: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        return _images(side)(batch, generator)[0], torch.randint(0, 2, (batch,), generator=generator)
+
+    return draw
 
 
 def _real(batch: int, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -117,9 +120,10 @@ def _opacus_recurrent(cell: str) -> Callable[[], nn.Module]:
 
 
 CASES = {
-    "lungctnet": Case(LungCTNet, _labelled, _classes, (64, 256)),
+    "lungctnet": Case(LungCTNet, _labelled(28), _classes, (64, 256)),
     "unet": Case(UNet, _images(64), _binary, (16,)),
     "discriminator": Case(Discriminator, _real, _binary, (64,)),
+    "ct-discriminator": Case(lambda: Discriminator(12, 32, 2), _labelled(32), _classes, (64,)),
     "lstm": Case(_recurrent("LSTM"), _readings, _squared, (256,), False, _opacus_recurrent("DPLSTM")),
     "gru": Case(_recurrent("GRU"), _readings, _squared, (256,), False, _opacus_recurrent("DPGRU")),
 }

@@ -195,7 +195,9 @@ def synthesise(
 
 @app.command()
 def bench(
-    models: Annotated[str, typer.Option(help="Comma-separated: lungctnet, unet, discriminator, lstm, gru.")] = "all",
+    models: Annotated[
+        str, typer.Option(help="Comma-separated: lungctnet, unet, discriminator, ct-discriminator, lstm, gru.")
+    ] = "all",
     batch: Annotated[int | None, typer.Option(min=2, help="Patients a step. Default: each model's own sizes.")] = None,
     repeats: Annotated[int, typer.Option(min=4, help="Steps of each engine.")] = 30,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,

@@ -4,7 +4,8 @@
 its output with the defaults, kept for the reason that :mod:`simulations.warm_start` gives.
 
 It costs no privacy, and it leaves to the patients' budget only what phantoms do not show: what real patches look like,
-and which of them are malignant (:mod:`simulations.generators.phantoms` knows nothing of that).
+and which of them are malignant. Of the classes the start knows nothing whatever: both networks are trained on one
+class, and the weights of the other are copied from it, so that they treat all classes exactly alike.
 
 References:
     Mescheder, Geiger, Nowozin, "Which Training Methods for GANs do actually Converge?", ICML 2018: the penalty on the
@@ -14,13 +15,13 @@ References:
 import hashlib
 import sys
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
 from shared.files import storage_errors, write_atomic
@@ -28,7 +29,7 @@ from shared.models.gan import ConditionalGan
 from shared.tasks.ct_synthesis import SIDE_PX, build
 from simulations.generators.phantoms import draw_phantoms
 
-STEPS: Final = 4000
+STEPS: Final = 3000
 _PHANTOMS: Final = 4000
 _BATCH: Final = 32
 _RATE: Final = 4e-4
@@ -54,7 +55,7 @@ def write_start(path: Path, steps: int = STEPS, seed: int = 0) -> str:
 
 def train_on_phantoms(steps: int, seed: int) -> ConditionalGan:
     """Return both networks after ``steps`` steps each; generator and average are the same."""
-    images, labels = (torch.from_numpy(part) for part in draw_phantoms(_PHANTOMS, SIDE_PX, np.random.default_rng(seed)))
+    images = torch.from_numpy(draw_phantoms(_PHANTOMS, SIDE_PX, np.random.default_rng(seed)))
     generator = Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -64,11 +65,27 @@ def train_on_phantoms(steps: int, seed: int) -> ConditionalGan:
     )
     for step in range(steps):
         chosen = torch.randint(len(images), (_BATCH,), generator=generator)
-        _update(critics, _critic_loss(model, images[chosen], labels[chosen], step, generator))
+        _update(critics, _critic_loss(model, images[chosen], step, generator))
         _update(makers, -model.judge(*_made(model, generator)).mean())
         model.follow(_DECAY)
     model.generator.load_state_dict(model.average.state_dict())
+    _treat_classes_alike(model)
     return model
+
+
+@torch.no_grad()
+def _treat_classes_alike(model: ConditionalGan) -> None:
+    """Copy what belongs to the first class to all others: the generator's inputs and the discriminator's outputs."""
+    for maker in (model.generator, model.average):
+        inputs = cast(nn.Linear, maker.layers[0]).weight[:, maker.latent :]
+        inputs.copy_(inputs[:, :1].expand_as(inputs))
+    last = cast(nn.Linear, model.discriminator.layers[-1])
+    for outputs in (last.weight, last.bias):
+        outputs.copy_(outputs[:1].expand_as(outputs))
+
+
+def _only_class() -> Tensor:
+    return torch.zeros(_BATCH, dtype=torch.long)
 
 
 def _update(optimizer: Optimizer, loss: Tensor) -> None:
@@ -79,10 +96,10 @@ def _update(optimizer: Optimizer, loss: Tensor) -> None:
     optimizer.step()
 
 
-def _critic_loss(model: ConditionalGan, real: Tensor, labels: Tensor, step: int, generator: Generator) -> Tensor:
+def _critic_loss(model: ConditionalGan, real: Tensor, step: int, generator: Generator) -> Tensor:
     penalised = step % _PENALTY_EVERY == 0
     images = real[:, None].requires_grad_(penalised)
-    logits = model.judge(images, labels)
+    logits = model.judge(images, _only_class())
     with torch.no_grad():
         made, classes = _made(model, generator)
     loss = F.relu(1.0 - logits).mean() + F.relu(1.0 + model.judge(made, classes)).mean()
@@ -93,7 +110,7 @@ def _critic_loss(model: ConditionalGan, real: Tensor, labels: Tensor, step: int,
 
 
 def _made(model: ConditionalGan, generator: Generator) -> tuple[Tensor, Tensor]:
-    labels = torch.randint(0, model.generator.classes, (_BATCH,), generator=generator)
+    labels = _only_class()
     return model.generator(torch.randn(_BATCH, model.generator.latent, generator=generator), labels), labels
 
 

@@ -111,6 +111,7 @@ class Task:
         loss: Returns ``(B,)``, each the mean over that patient's records; depends on no other patient.
         evaluate: Judges a model on a data set that the evaluating party owns.
         defaults: What a plan sets where its author says nothing (fields of :class:`shared.plan.RunPlan`).
+        without_privacy: What it sets instead where there is no noise: nothing is clipped then, so other rates suit.
         private: Returns the part of the model that patients' gradients move; by default all of it.
         post_process: Improves the model in place from the global weights alone, before a round's private steps:
             ``(model, plan, round_number, generator)``. It gets nothing that depends on a patient but what was
@@ -128,6 +129,7 @@ class Task:
     loss: Callable[[nn.Module, Batch], Tensor]
     evaluate: Callable[[nn.Module, RecordStore], Evaluation]
     defaults: Mapping[str, Any]
+    without_privacy: Mapping[str, Any] = field(default_factory=dict)
     private: Callable[[nn.Module], nn.Module] = whole
     post_process: Callable[[nn.Module, RunPlan, int, Generator], None] | None = None
     settle: Callable[[nn.Module], None] | None = None

@@ -225,4 +225,5 @@ TASK = Task(
         "generator_learning_rate": 3e-4,
         "generator_pause": 0.1,
     },
+    without_privacy={"optimizer": "adam", "learning_rate": 4e-4, "local_steps": 8, "generator_steps": 16},
 )

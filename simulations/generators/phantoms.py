@@ -1,9 +1,8 @@
 """Patches of no patient: nodules drawn from geometry alone, for a generative model's public start.
 
 What they know is what any textbook says of CT: lung is dark, vessels and the chest wall are bright, a nodule is a
-rounded thing in the middle, 4 to 30 mm across. They know nothing of the disease: benign and malignant are dealt by
-chance, whatever a phantom looks like. So a model that has seen only these cannot tell one from the other, and whatever
-it tells apart after training it has from patients, under their privacy.
+rounded thing in the middle, 4 to 30 mm across. They have no class: nothing here says what is benign or malignant, so
+whatever a model tells apart that started from these it has from patients, under their privacy.
 """
 
 from typing import Final
@@ -23,8 +22,8 @@ Images = npt.NDArray[np.float32]
 Field = npt.NDArray[np.float64]
 
 
-def draw_phantoms(count: int, side_px: int, rng: np.random.Generator) -> tuple[Images, npt.NDArray[np.int64]]:
-    """Return patches ``(count, side, side)``, windowed to [0, 1], and labels ``(count,)`` that mean nothing.
+def draw_phantoms(count: int, side_px: int, rng: np.random.Generator) -> Images:
+    """Return patches ``(count, side, side)``, windowed to [0, 1].
 
     Args:
         count: How many.
@@ -33,8 +32,8 @@ def draw_phantoms(count: int, side_px: int, rng: np.random.Generator) -> tuple[I
     """
     low, high = WINDOW_HU
     patches = np.stack([_patch(side_px, rng) for _ in range(count)])
-    windowed = ((patches - low) / (high - low)).clip(0.0, 1.0).astype(np.float32)
-    return windowed, rng.integers(0, 2, count)
+    windowed: Images = ((patches - low) / (high - low)).clip(0.0, 1.0).astype(np.float32)
+    return windowed
 
 
 def _patch(side_px: int, rng: np.random.Generator) -> Field:
