@@ -1,7 +1,7 @@
 """Where a task's patients come from in a simulation: who generates raw hospitals, and who prepares them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from simulations.generators.glucose import generate_glucose_hospitals
 from simulations.generators.hospitals import generate_hospitals
 
 Progress = Callable[[str, int, int], None]
+_STARTS = Path(__file__).with_name("starts")
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,13 @@ SOURCES = {
             "and the errors of sensors and of people. A score on such records is no clinical claim."
         ),
         split=split_in_time,
-        start=Path(__file__).with_name("starts") / "glucose-forecast.safetensors",
+        start=_STARTS / "glucose-forecast.safetensors",
         baselines=forecast_baselines,
     ),
 }
+SOURCES["glucose-forecast-lstm"] = replace(
+    SOURCES["glucose-forecast"], start=_STARTS / "glucose-forecast-lstm.safetensors"
+)
 
 
 def find_source(task: str) -> Source:
