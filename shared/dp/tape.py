@@ -43,6 +43,14 @@ class Tape:
     def start(self, patients: int) -> None:
         """Forget the last pass and expect one over ``patients`` patients."""
         self.patients = patients
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the contributions.
+
+        They hold activations, whose autograd graph holds this tape: a circle that leads through torch's own memory,
+        where Python's collector cannot see it. A tape that is dropped with contributions on it is never freed.
+        """
         self.contributions = []
 
     def add(self, contribution: Contribution) -> None:
