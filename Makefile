@@ -12,7 +12,7 @@ help:
 	@echo "make demo   four simulated hospitals train one classifier; report in runs/demo"
 	@echo "make test   every test"
 	@echo "make check  lint, types, architecture"
-	@echo "make bench  what a private step costs, beside the ordinary one and Opacus (minutes)"
+	@echo "make bench  what a private step costs, into docs/performance.md (minutes; idle machine)"
 	@echo "make format write the house style"
 
 $(VENV)/.installed: pyproject.toml
@@ -37,7 +37,7 @@ check: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	mkdir -p runs
-	$(BIN)/fedward-sim bench --json runs/bench.json --markdown runs/bench.md
+	$(BIN)/fedward-sim bench --json runs/bench.json --into docs/performance.md
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from shared.dp.memory import keep_freed_memory
 from shared.dp.noise import SeededNoise
 from shared.dp.step import PrivateStep
-from shared.errors import PlanError
+from shared.errors import PlanError, StorageError
+from shared.files import storage_errors, write_atomic
 from shared.models.cnn import LungCTNet
 from shared.models.gan import Discriminator
 from shared.models.recurrent import Forecaster
@@ -127,6 +128,7 @@ CASES = {
     "lstm": Case(_recurrent("LSTM"), _readings, _squared, (256,), False, _opacus_recurrent("DPLSTM")),
     "gru": Case(_recurrent("GRU"), _readings, _squared, (256,), False, _opacus_recurrent("DPGRU")),
 }
+_MARKS = ("<!-- bench -->", "<!-- end of bench -->")
 ENGINES = ("nonprivate", "opacus", "opacus-ghost", "bookkeeping")
 
 
@@ -311,6 +313,21 @@ def as_markdown(rows: Sequence[Measurement]) -> str:
             f"| {row.ratio_to_nonprivate:.2f} | {faster} | {row.peak_mib:.0f} |"
         )
     return "\n".join(lines)
+
+
+def document(path: Path, table: str) -> None:
+    """Put the table, with the machine that measured it, between the marks of a document.
+
+    Raises:
+        StorageError: If the document cannot be read or has no marks.
+    """
+    with storage_errors(path):
+        text = path.read_text(encoding="utf-8")
+    before, start, rest = text.partition(_MARKS[0])
+    _, end, after = rest.partition(_MARKS[1])
+    if not end:
+        raise StorageError(f"{path} has no line {_MARKS[0]} with {_MARKS[1]} after it.")
+    write_atomic(path, f"{before}{start}\n\nMeasured on: {machine()}\n\n{table}\n\n{end}{after}".encode())
 
 
 def machine() -> str:

@@ -201,21 +201,21 @@ def bench(
     batch: Annotated[int | None, typer.Option(min=2, help="Patients a step. Default: each model's own sizes.")] = None,
     repeats: Annotated[int, typer.Option(min=4, help="Steps of each engine.")] = 30,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write a table here.")] = None,
+    into: Annotated[Path | None, typer.Option(help="Put the table into this document, between its marks.")] = None,
 ) -> None:
     """Measure what a private step costs, beside the ordinary one and Opacus."""
     import json
 
     from shared.files import write_atomic
-    from simulations.benchmark import CASES, as_json, as_markdown, machine, measure
+    from simulations.benchmark import CASES, as_json, as_markdown, document, measure
 
     rows = measure(list(CASES) if models == "all" else models.split(","), batch, repeats)
     table = as_markdown(rows)
     _CONSOLE.print(table, highlight=False, markup=False, soft_wrap=True)
     if json_file:
         write_atomic(json_file, json.dumps(as_json(rows), indent=1).encode())
-    if markdown:
-        write_atomic(markdown, f"{machine()}\n\n{table}\n".encode())
+    if into:
+        document(into, table)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from simulations.generators.hospitals import generate_hospitals
 from simulations.synthesis import examine
 
 Progress = Callable[[str, int, int], None]
+_STARTS = Path(__file__).with_name("starts")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,9 @@ SOURCES = {
         baselines=forecast_baselines,
     ),
 }
+SOURCES["glucose-forecast-lstm"] = replace(
+    SOURCES["glucose-forecast"], start=_STARTS / "glucose-forecast-lstm.safetensors"
+)
 
 
 def find_source(task: str) -> Source:

@@ -1,10 +1,10 @@
-"""Public weights that a glucose run starts from: ``python -m simulations.warm_start OUT.safetensors``.
+"""Public weights that a glucose run starts from: ``python -m simulations.warm_start glucose-forecast``.
 
 What is learnt from nobody costs no privacy. The start is trained on two kinds of made-up records: the simulated
 cohort (with its meals and insulin), and random processes that wander, dip and rise at many speeds and are seen
 through sensors of many noises and smoothings, so that the network learns to tell from the readings how far their
-slope can be trusted. ``simulations/starts/glucose-forecast.safetensors`` is its output with the defaults; on another
-machine floating point makes it a little different, which is why the file is kept and named by its SHA-256.
+slope can be trusted. The files in ``simulations/starts`` are its output with the defaults; on another machine floating
+point makes them a little different, which is why they are kept and named by their SHA-256.
 """
 
 import hashlib
@@ -22,9 +22,9 @@ from torch.optim import Adam
 from shared.dp.step import OrdinaryStep
 from shared.files import write_atomic
 from shared.records import KEY_BYTES, RecordStore
-from shared.tasks.base import Batch
+from shared.tasks.base import Batch, Task
 from shared.tasks.cgm import COVARIATES, STEP_MIN, STORE_KIND
-from shared.tasks.glucose_forecast import TASK
+from shared.tasks.registry import find_task
 from simulations.generators.glucose_days import simulate_days
 from simulations.generators.glucose_model import TYPES
 
@@ -39,23 +39,24 @@ _LIMITS: Final = (40.0, 400.0)
 Series = npt.NDArray[np.float64]
 
 
-def train_start(steps: int = STEPS, seed: int = 0, walks: int = _WALKS, cohort: int = _COHORT) -> nn.Module:
+def train_start(task: Task, steps: int = STEPS, seed: int = 0, walks: int = _WALKS, cohort: int = _COHORT) -> nn.Module:
     """Return the task's model, trained on made-up records.
 
     Args:
+        task: ``glucose-forecast`` or its variant.
         steps: Optimizer steps.
         seed: Of everything.
         walks: Random processes of a day each.
         cohort: Simulated patients.
     """
     rng, generator = np.random.default_rng(seed), Generator().manual_seed(seed)
-    sources = [TASK.load(walk_store(walks, rng)), TASK.load(cohort_store(cohort, rng))]
+    sources = [task.load(walk_store(walks, rng)), task.load(cohort_store(cohort, rng))]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = TASK.build()
+        model = task.build()
     optimizer = Adam(model.parameters(), lr=_RATE)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    step = OrdinaryStep(model, optimizer, TASK.loss)
+    step = OrdinaryStep(model, optimizer, task.loss)
     for _ in range(steps):
         drawn = [s.draw(torch.randint(len(s), (_BATCH,), generator=generator), 1, generator) for s in sources]
         step(Batch({name: torch.cat([batch[name] for batch in drawn]) for name in drawn[0].fields}))
@@ -149,17 +150,21 @@ def _store(readings: Series, insulin: Series, carbohydrate: Series) -> RecordSto
     )
 
 
-def write_start(path: Path, steps: int = STEPS) -> str:
+def write_start(path: Path, task: str, steps: int = STEPS) -> str:
     """Train, write a checkpoint for ``--init``, and return its SHA-256.
 
     Raises:
         StorageError: If the file cannot be written.
     """
-    content = save({name: tensor.contiguous() for name, tensor in train_start(steps).state_dict().items()})
+    content = save(
+        {name: tensor.contiguous() for name, tensor in train_start(find_task(task), steps).state_dict().items()}
+    )
     write_atomic(path, content)
     return hashlib.sha256(content).hexdigest()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.stdout.write(f"{write_start(Path(sys.argv[1]))}\n")
+    folder = Path(__file__).with_name("starts")
+    for name in sys.argv[1:]:
+        sys.stdout.write(f"{name} {write_start(folder / f'{name}.safetensors', name)}\n")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.dp.tape import Contribution, Tape, Weighted, gram_is_cheaper, gram_norm, square_norm
-from shared.dp.unfolding import Convolution, Geometry, Layout, Scratch, Unfolding, unfold
+from shared.dp.unfolding import Convolution, Geometry, Layout, Unfolding, unfold
 
 _aten = torch.ops.aten
 _IMAGE_DIMENSIONS = 4
@@ -92,14 +92,13 @@ def _contribution(
     gram = geometry.groups == 1 and gram_is_cheaper(positions, weight[0].numel(), outputs)
     layout = Layout.POSITIONS if gram else _layout(geometry, wide.shape[1] // geometry.groups)
     ones = bias is not None and not geometry.transposed and not gram and layout is not Layout.LINES
-    scratch = partial(tape.scratch, weight, like=inputs)
-    unfolding = unfold(wide, narrow.shape[2:], geometry, patients, scratch, layout, ones)
+    unfolding = unfold(wide, narrow.shape[2:], geometry, patients, tape, layout, ones)
     g = narrow.movedim(1, -1).reshape(patients, -1, unfolding.positions, geometry.groups, outputs).movedim(3, 1)
     if gram:
         norms = _gram_norms(unfolding, g)
         weighted: Weighted = partial(_scaled_gradient, weight, geometry, inputs, output_gradient)
     else:
-        gradients = patient_gradients(unfolding, g, scratch)
+        gradients = patient_gradients(unfolding, g, tape, weight)
         norms = torch.linalg.vector_norm(gradients.flatten(2), dim=2).square().sum(0)
         weighted = partial(_summed, gradients, unfolding.fields_first(outputs), weight)
     if bias is None:
@@ -133,18 +132,19 @@ def _scaled_gradient(
     return (gradient,)
 
 
-def patient_gradients(unfolding: Unfolding, g: Tensor, scratch: Scratch) -> Tensor:
+def patient_gradients(unfolding: Unfolding, g: Tensor, tape: Tape, weight: Tensor) -> Tensor:
     """Return each patient's gradient ``(lines, B, groups, outputs, fields)``, or with the last two swapped.
 
     Args:
         unfolding: Of what the kernel sees.
         g: ``(B, groups, K, positions, outputs)``.
-        scratch: Gives memory by purpose and shape.
+        tape: Gives memory.
+        weight: Whose memory it is.
     """
     patients, groups, records, positions, outputs = g.shape
     swapped = unfolding.fields_first(outputs)
     shape = (unfolding.fields, outputs) if swapped else (outputs, unfolding.fields)
-    result = scratch("gradients", (len(unfolding.shifts), patients, groups, *shape))
+    result = tape.scratch(("gradients", id(weight)), (len(unfolding.shifts), patients, groups, *shape), g)
     size = unfolding.patients_at_once
     for x, part, into in zip(unfolding.chunks(), g.split(size), result.split(size, dim=1), strict=True):
         for record in range(records):

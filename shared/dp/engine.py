@@ -77,6 +77,7 @@ class BookKeeping:
                 gradients = contribution.weighted(coefficients)
                 for parameter, gradient in zip(contribution.parameters, gradients, strict=True):
                     parameter.grad = gradient
+        self._tape.forget()
         return norms
 
     def start(self, patients: int) -> None:
@@ -85,6 +86,7 @@ class BookKeeping:
 
     def close(self) -> None:
         """Give the model its own forward and layout back."""
+        self._tape.forget()
         for kernel in _image_kernels(self._model):
             kernel.data = kernel.data.clone(memory_format=torch.contiguous_format)
         for module in self._attached:

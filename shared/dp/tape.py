@@ -4,6 +4,7 @@ Each supported layer's backward returns its input's gradient only. In place of t
 :class:`Contribution` here, from (input, output gradient), while both are still in the cache.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -36,27 +37,42 @@ class Tape:
 
     patients: int = 0
     contributions: list[Contribution] = field(default_factory=list)
-    _scratch: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    _kept: dict[object, Tensor] = field(default_factory=dict)
+    _workspace: Tensor | None = None
 
     def start(self, patients: int) -> None:
         """Forget the last pass and expect one over ``patients`` patients."""
         self.patients = patients
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the contributions.
+
+        They hold activations, whose autograd graph holds this tape: a circle that leads through torch's own memory,
+        where Python's collector cannot see it. A tape that is dropped with contributions on it is never freed.
+        """
         self.contributions = []
 
     def add(self, contribution: Contribution) -> None:
         """Note a layer's contribution."""
         self.contributions.append(contribution)
 
-    def scratch(self, owner: Tensor, purpose: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Return memory of a layer's own, made of zeros once and kept between passes with what was written to it.
+    def scratch(self, key: object, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return memory made of zeros once and kept between passes under ``key``, with what was last written to it.
 
         Megabytes made afresh in every pass would cost more in page faults than what is done in them.
         """
-        key = id(owner), purpose
-        kept = self._scratch.get(key)
+        kept = self._kept.get(key)
         if kept is None or kept.shape != shape or kept.dtype != like.dtype or kept.device != like.device:
-            kept = self._scratch[key] = like.new_zeros(shape)
+            kept = self._kept[key] = like.new_zeros(shape)
         return kept
+
+    def workspace(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return memory that all layers share: the next call may hand out the same."""
+        kept, size = self._workspace, math.prod(shape)
+        if kept is None or kept.numel() < size or kept.dtype != like.dtype or kept.device != like.device:
+            kept = self._workspace = like.new_zeros(size)
+        return kept[:size].view(shape)
 
     def complete(self, parameters: set[nn.Parameter]) -> Iterator[Contribution]:
         """Yield the contributions, once it is sure that each parameter occurs in exactly one.

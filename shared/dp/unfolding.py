@@ -11,15 +11,16 @@ that fits the cache. There are three ways to lay it out, each the fastest somewh
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 
 from torch import Tensor, nn
 
+from shared.dp.tape import Tape
+
 _CHUNK_FLOATS = 1 << 18
 """Floats of an unfolding handled at once: one MiB, which stays in the second-level cache."""
-Scratch = Callable[[str, tuple[int, ...]], Tensor]
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d
 
 
@@ -120,7 +121,7 @@ def unfold(
     out: tuple[int, ...],
     geometry: Geometry,
     patients: int,
-    scratch: Scratch,
+    tape: Tape,
     layout: Layout,
     ones: bool,
 ) -> Unfolding:
@@ -131,12 +132,12 @@ def unfold(
         out: Number of positions in every dimension.
         geometry: Of the kernel.
         patients: B.
-        scratch: Gives memory by purpose and shape.
+        tape: Gives memory.
         layout: How; ``LINES`` takes a kernel whose lines move by one.
         ones: Whether a field of ones comes last.
     """
     groups, records, channels = geometry.groups, len(tensor) // patients, tensor.shape[1] // geometry.groups
-    padded = _padded(tensor, out, geometry, scratch)
+    padded = _padded(tensor, out, geometry, tape)
     record, *lines, pixel = padded.stride()
     stops = [line * stride for line, stride in zip(lines, geometry.stride, strict=True)]
     taps = [line * dilation for line, dilation in zip(lines, geometry.dilation, strict=True)]
@@ -155,18 +156,18 @@ def unfold(
     fields, positions = math.prod(what[0]) + ones, math.prod(where[0])
     at_once = min(patients, max(1, _CHUNK_FLOATS // (positions * fields * groups)))
     if layout is Layout.FIELDS:
-        buffer = scratch("chunk", (at_once, groups, 1, fields, positions))
+        buffer = tape.workspace((at_once, groups, 1, fields, positions), tensor)
     elif layout is Layout.LINES:
-        buffer = scratch("chunk", (at_once, groups, records, positions // records, fields))
+        buffer = tape.workspace((at_once, groups, records, positions // records, fields), tensor)
     else:
-        buffer = scratch("chunk", (at_once, groups, 1, positions, fields))
+        buffer = tape.workspace((at_once, groups, 1, positions, fields), tensor)
     if ones:
         (buffer[:, :, :, -1] if layout is Layout.FIELDS else buffer[..., -1]).fill_(1.0)
     joined = math.prod(out) * (1 if layout is Layout.LINES else records)
     return Unfolding(layout, view, buffer, shifts, joined, ones)
 
 
-def _padded(tensor: Tensor, out: tuple[int, ...], geometry: Geometry, scratch: Scratch) -> Tensor:
+def _padded(tensor: Tensor, out: tuple[int, ...], geometry: Geometry, tape: Tape) -> Tensor:
     """Return the tensor channels-last, ``(N, ..., C)``, with its border of zeros."""
     spatial, channels = tensor.shape[2:], tensor.shape[1]
     # The last receptive field may not reach the far edge, or reach past it by output padding.
@@ -179,8 +180,9 @@ def _padded(tensor: Tensor, out: tuple[int, ...], geometry: Geometry, scratch: S
     moved = tensor.movedim(1, -1)
     if not any(geometry.padding) and list(spatial) == needed:
         return moved.contiguous()
-    # The border is zero from the start and never written; the inside is written anew in every pass.
-    padded = scratch("padded", (len(tensor), *needed, channels))
+    # The border is zero from the start and never written; the inside is written anew by every layer that shares it.
+    shape = (len(tensor), *needed, channels)
+    padded = tape.scratch(("padded", shape, spatial, geometry.padding), shape, tensor)
     inner = tuple(slice(p, p + s) for p, s in zip(geometry.padding, spatial, strict=True))
     padded[(slice(None), *inner)] = moved
     return padded

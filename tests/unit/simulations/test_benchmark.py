@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.errors import PlanError
+from shared.errors import PlanError, StorageError
 from simulations import benchmark, cli
-from simulations.benchmark import CASES, ENGINES, _step, as_markdown, measure
+from simulations.benchmark import CASES, ENGINES, _step, as_markdown, document, measure
 
 
 def test_a_row_per_engine_with_every_field(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,3 +63,18 @@ def test_the_command_writes_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert set(json.loads(target.read_text())[0]) >= {
         "model", "batch", "engine", "ms", "ratio_to_nonprivate", "speedup_over_opacus", "peak_mib",
     }  # fmt: skip
+
+
+def test_a_document_keeps_what_stands_around_the_table(tmp_path):
+    path = tmp_path / "performance.md"
+    path.write_text("before\n\n<!-- bench -->\nold\n<!-- end of bench -->\n\nafter\n")
+    for table in ("| first |", "| second |"):
+        document(path, table)
+    text = path.read_text()
+    assert text.startswith("before\n\n<!-- bench -->\n\nMeasured on: ")
+    assert text.endswith("| second |\n\n<!-- end of bench -->\n\nafter\n")
+    assert "first" not in text
+    assert "old" not in text
+    path.write_text("no marks")
+    with pytest.raises(StorageError, match="no line"):
+        document(path, "table")

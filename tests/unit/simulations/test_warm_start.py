@@ -11,6 +11,7 @@ from server.checkpoints import load_weights
 from shared.records import RecordStore
 from shared.tasks.cgm_windows import judged_windows
 from shared.tasks.glucose_forecast import TASK
+from shared.tasks.registry import find_task
 from simulations.sources import find_source
 from simulations.warm_start import cohort_store, random_walks, train_start, walk_store, write_start
 
@@ -24,10 +25,11 @@ def skill(model: nn.Module, store: RecordStore) -> float:
     return TASK.evaluate(model.eval(), store).value("skill_30")
 
 
-def test_the_start_that_is_kept_foresees_unseen_processes_and_patients(walks: RecordStore) -> None:
-    path = find_source("glucose-forecast").start
+@pytest.mark.parametrize("name", ["glucose-forecast", "glucose-forecast-lstm"])
+def test_the_start_that_is_kept_foresees_unseen_processes_and_patients(walks: RecordStore, name: str) -> None:
+    path = find_source(name).start
     assert path is not None
-    model = TASK.build()
+    model = find_task(name).build()
     load_weights(path, model)
     cohort = cohort_store(12, np.random.default_rng(98))
     for store, least in ((walks, 0.1), (cohort, 0.2)):
@@ -37,15 +39,15 @@ def test_the_start_that_is_kept_foresees_unseen_processes_and_patients(walks: Re
 
 
 def test_training_it_is_repeatable_and_helps(walks: RecordStore) -> None:
-    first, second = (train_start(steps=40, walks=100, cohort=6) for _ in range(2))
+    first, second = (train_start(TASK, steps=40, walks=100, cohort=6) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert skill(first, walks) > skill(TASK.build(), walks) + 0.02
 
 
 def test_what_is_written_can_be_started_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained = train_start(steps=2, walks=10, cohort=6)
-    monkeypatch.setattr("simulations.warm_start.train_start", lambda steps: trained)
-    digest = write_start(tmp_path / "start.safetensors")
+    trained = train_start(TASK, steps=2, walks=10, cohort=6)
+    monkeypatch.setattr("simulations.warm_start.train_start", lambda task, steps: trained)
+    digest = write_start(tmp_path / "start.safetensors", TASK.name)
     model = TASK.build()
     assert load_weights(tmp_path / "start.safetensors", model) == digest
     assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), model.parameters(), strict=True))
