@@ -47,6 +47,7 @@ def test_anything_else_is_refused_and_nothing_worse(text: str) -> None:
         f"{KEY}\n{KEY}",
         KEY[:-20],
     ],
+    ids=["another-curve", "another-algorithm", "two-words", "a-path", "a-negative-number", "two-keys", "cut-off"],
 )
 def test_another_key_or_comment_is_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(ProtocolError):
