@@ -45,7 +45,7 @@ from shared.telemetry import LOOPBACK
 
 RUN_KEY, SERVER_KEY = "run", "server"
 SUPERLINK, SUPEREXEC = "superlink", "superexec"
-_EXECUTOR_POLL_S = 0.2
+_EXECUTOR_POLL_S = 0.5
 _TIMEOUT_S = 10.0
 _UPLOAD_S = 120.0
 _RUNS_LOOKED_AT = 200
