@@ -25,7 +25,7 @@ from server.registry import LATE, VANISHED
 from shared.messages import is_undelivered
 
 _LOG = logging.getLogger(__name__)
-_POLL_S, _SLOWEST_POLL_S, _POLL_SHARE = 0.02, 0.5, 0.02
+_POLL_S, _SLOWEST_POLL_S, _POLL_SHARE = 0.05, 0.5, 0.02
 _AT_ONCE = 16
 """Replies pulled by one request: a hundred that lie ready together would otherwise all be in memory at once."""
 

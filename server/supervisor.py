@@ -25,7 +25,7 @@ from shared.files import storage_errors
 from shared.telemetry import LOOPBACK, Health, serve
 
 _LOG = logging.getLogger(__name__)
-_TICK_S = 0.25
+_TICK_S = 0.5
 _END_S = 1.0
 _END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
