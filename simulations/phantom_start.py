@@ -4,8 +4,9 @@
 its output with the defaults, kept for the reason that :mod:`simulations.warm_start` gives.
 
 It costs no privacy, and it leaves to the patients' budget only what phantoms do not show: what real patches look like,
-and which of them are malignant. Of the classes the start knows nothing whatever: both networks are trained on one
-class, and the weights of the other are copied from it, so that they treat all classes exactly alike.
+and which of them are malignant. Of the classes the start knows nothing whatever: in training they are dealt to phantoms
+by chance, and afterwards the weights that belong to a class are replaced by their mean over the classes, so that both
+networks treat all classes exactly alike.
 
 References:
     Mescheder, Geiger, Nowozin, "Which Training Methods for GANs do actually Converge?", ICML 2018: the penalty on the
@@ -26,10 +27,11 @@ from torch.optim import Optimizer
 
 from shared.files import storage_errors, write_atomic
 from shared.models.gan import ConditionalGan
+from shared.synthesis import CLASSES
 from shared.tasks.ct_synthesis import SIDE_PX, build
 from simulations.generators.phantoms import draw_phantoms
 
-STEPS: Final = 3000
+STEPS: Final = 4000
 _PHANTOMS: Final = 4000
 _BATCH: Final = 32
 _RATE: Final = 4e-4
@@ -55,7 +57,9 @@ def write_start(path: Path, steps: int = STEPS, seed: int = 0) -> str:
 
 def train_on_phantoms(steps: int, seed: int) -> ConditionalGan:
     """Return both networks after ``steps`` steps each; generator and average are the same."""
-    images = torch.from_numpy(draw_phantoms(_PHANTOMS, SIDE_PX, np.random.default_rng(seed)))
+    rng = np.random.default_rng(seed)
+    images = torch.from_numpy(draw_phantoms(_PHANTOMS, SIDE_PX, rng))
+    labels = torch.from_numpy(rng.integers(0, len(CLASSES), _PHANTOMS))
     generator = Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -65,7 +69,7 @@ def train_on_phantoms(steps: int, seed: int) -> ConditionalGan:
     )
     for step in range(steps):
         chosen = torch.randint(len(images), (_BATCH,), generator=generator)
-        _update(critics, _critic_loss(model, images[chosen], step, generator))
+        _update(critics, _critic_loss(model, images[chosen], labels[chosen], step, generator))
         _update(makers, -model.judge(*_made(model, generator)).mean())
         model.follow(_DECAY)
     model.generator.load_state_dict(model.average.state_dict())
@@ -75,17 +79,13 @@ def train_on_phantoms(steps: int, seed: int) -> ConditionalGan:
 
 @torch.no_grad()
 def _treat_classes_alike(model: ConditionalGan) -> None:
-    """Copy what belongs to the first class to all others: the generator's inputs and the discriminator's outputs."""
+    """Replace what belongs to a class by its mean: the generator's inputs and the discriminator's outputs."""
     for maker in (model.generator, model.average):
         inputs = cast(nn.Linear, maker.layers[0]).weight[:, maker.latent :]
-        inputs.copy_(inputs[:, :1].expand_as(inputs))
+        inputs.copy_(inputs.mean(1, keepdim=True).expand_as(inputs))
     last = cast(nn.Linear, model.discriminator.layers[-1])
     for outputs in (last.weight, last.bias):
-        outputs.copy_(outputs[:1].expand_as(outputs))
-
-
-def _only_class() -> Tensor:
-    return torch.zeros(_BATCH, dtype=torch.long)
+        outputs.copy_(outputs.mean(0, keepdim=True).expand_as(outputs))
 
 
 def _update(optimizer: Optimizer, loss: Tensor) -> None:
@@ -96,10 +96,10 @@ def _update(optimizer: Optimizer, loss: Tensor) -> None:
     optimizer.step()
 
 
-def _critic_loss(model: ConditionalGan, real: Tensor, step: int, generator: Generator) -> Tensor:
+def _critic_loss(model: ConditionalGan, real: Tensor, labels: Tensor, step: int, generator: Generator) -> Tensor:
     penalised = step % _PENALTY_EVERY == 0
     images = real[:, None].requires_grad_(penalised)
-    logits = model.judge(images, _only_class())
+    logits = model.judge(images, labels)
     with torch.no_grad():
         made, classes = _made(model, generator)
     loss = F.relu(1.0 - logits).mean() + F.relu(1.0 + model.judge(made, classes)).mean()
@@ -110,7 +110,7 @@ def _critic_loss(model: ConditionalGan, real: Tensor, step: int, generator: Gene
 
 
 def _made(model: ConditionalGan, generator: Generator) -> tuple[Tensor, Tensor]:
-    labels = _only_class()
+    labels = torch.randint(0, len(CLASSES), (_BATCH,), generator=generator)
     return model.generator(torch.randn(_BATCH, model.generator.latent, generator=generator), labels), labels
 
 

@@ -81,7 +81,12 @@ def test_the_examination_measures_and_leaves_a_picture(
     assert (tmp_path / SAMPLES).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_public_start_fits_the_task() -> None:
+def test_the_public_start_fits_the_task_and_treats_both_classes_exactly_alike() -> None:
     start = find_source(TASK.name).start
     assert start is not None
-    build().load_state_dict(load_file(start))
+    model = build()
+    model.load_state_dict(load_file(start))
+    images, latent = torch.rand(5, 1, SIDE_PX, SIDE_PX), torch.randn(5, model.average.latent)
+    benign, malignant = torch.zeros(5).long(), torch.ones(5).long()
+    assert torch.equal(model.judge(images, benign), model.judge(images, malignant))
+    assert torch.equal(model.average(latent, benign), model.average(latent, malignant))

@@ -138,3 +138,12 @@ def test_help_shows_examples(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
     monkeypatch.setitem(os.environ, "COLUMNS", "200")
     assert call(monkeypatch, "run", "--help") == 0
     assert "--resume runs/first" in capfd.readouterr().out
+
+
+def test_images_of_no_checkpoint_are_refused_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "synthesise", str(tmp_path / "none.safetensors"), "--out", str(tmp_path / "out")) == 1
+    said = capsys.readouterr().err
+    assert "none" in said
+    assert "Traceback" not in said
