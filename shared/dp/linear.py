@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.dp.tape import Contribution, Tape, by_patient, gram_is_cheaper, gram_norm, square_norm
+from shared.dp.tape import Contribution, Tape, by_patient, gram, gram_is_cheaper, gram_norm, norm_of_grams, square_norm
 
 
 def linear(module: nn.Linear, tape: Tape, inputs: Tensor) -> Tensor:
@@ -35,23 +35,28 @@ def dense(parameters: tuple[nn.Parameter, nn.Parameter | None], x: Tensor, g: Te
     """Return the contribution of weight ``(p, d)`` and bias ``(p,)``, used at ``(B, T, d)`` and ``(B, T, p)``."""
     weight, bias = parameters
     gradients = None if gram_is_cheaper(x.shape[1], x.shape[2], g.shape[2]) else g.transpose(1, 2) @ x
-    norms = gram_norm(x, g, int(bias is not None)) if gradients is None else square_norm(gradients)
+    if gradients is None:
+        norms = gram_norm(x, g, int(bias is not None))
+        return Contribution(_present(weight, bias), norms, lambda c: _weighted(x, g, c)[: 1 + (bias is not None)])
+    norms = square_norm(gradients)
     if bias is None:
-        return Contribution((weight,), norms, lambda c: (_weighted(gradients, x, g, c),))
-    if gradients is not None:
-        norms = norms + square_norm(g.sum(1))
-
-    def weighted(coefficients: Tensor) -> tuple[Tensor, ...]:
-        return _weighted(gradients, x, g, coefficients), torch.einsum("b,btp->p", coefficients, g)
-
-    return Contribution((weight, bias), norms, weighted)
+        return Contribution((weight,), norms, lambda c: (_summed(gradients, c),))
+    # Norm and sum of the bias come from the same numbers, as the weight's do: positions may cancel.
+    of_bias = g.sum(1)
+    return Contribution((weight, bias), norms + square_norm(of_bias), lambda c: (_summed(gradients, c), c @ of_bias))
 
 
-def _weighted(gradients: Tensor | None, x: Tensor, g: Tensor, coefficients: Tensor) -> Tensor:
-    if gradients is not None:
-        return (coefficients @ gradients.flatten(1)).view(gradients.shape[1:])
-    scaled = g * coefficients[:, None, None]
-    return scaled.flatten(0, 1).T @ x.flatten(0, 1)
+def _present(weight: nn.Parameter, bias: nn.Parameter | None) -> tuple[nn.Parameter, ...]:
+    return (weight,) if bias is None else (weight, bias)
+
+
+def _summed(gradients: Tensor, coefficients: Tensor) -> Tensor:
+    return (coefficients @ gradients.flatten(1)).view(gradients.shape[1:])
+
+
+def _weighted(x: Tensor, g: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    scaled = (g * coefficients[:, None, None]).flatten(0, 1)
+    return scaled.T @ x.flatten(0, 1), scaled.sum(0)
 
 
 def embedding(module: nn.Embedding, tape: Tape, tokens: Tensor) -> Tensor:
@@ -77,7 +82,7 @@ class _Embedding(torch.autograd.Function):
             g = g * (t != padding)[..., None]
         # Rows of one token add up: the Gram matrix of one-hot inputs tells which positions share a token.
         same = (t[:, :, None] == t[:, None, :]).to(g.dtype)
-        norms = (same * (g @ g.transpose(1, 2))).sum((1, 2))
+        norms = norm_of_grams(same, gram(g))
 
         def weighted(coefficients: Tensor) -> tuple[Tensor, ...]:
             scaled = (g * coefficients[:, None, None]).flatten(0, 1)

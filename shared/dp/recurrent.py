@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.dp.scans import gru_backward, gru_forward, lstm_backward, lstm_forward
-from shared.dp.tape import Contribution, Tape, gram_is_cheaper, gram_norm, square_norm
+from shared.dp.tape import Contribution, Tape, gram, gram_is_cheaper, gram_norm, norm_of_grams, square_norm
 from shared.errors import FederationError
 
 Output = tuple[Tensor, Tensor]
@@ -136,10 +136,10 @@ class _Product:
     by_patient: Tensor | None
 
     @classmethod
-    def of(cls, gates: Tensor, inputs: Tensor, patients: int, *, gram: bool) -> "_Product":
-        """Form every patient's product unless ``gram``."""
-        formed = None if gram else _positions(gates, patients).transpose(1, 2) @ _positions(inputs, patients)
-        return cls(gates, inputs, formed)
+    def of(cls, gates: Tensor, inputs: Tensor, patients: int, *, formed: bool) -> "_Product":
+        """Form every patient's product if wanted."""
+        products = _positions(gates, patients).transpose(1, 2) @ _positions(inputs, patients) if formed else None
+        return cls(gates, inputs, products)
 
     def weighted(self, coefficients: Tensor) -> Tensor:
         """Return the patients' weighted sum ``(k, D)``; scaling the inputs, the smaller side, is enough."""
@@ -165,8 +165,8 @@ def _one_sided(
     """
     bias, sizes = parameters[2] is not None, (x.shape[-1], hiddens.shape[-1])
     joined = _joined(x, _before(hiddens), bias=bias)
-    gram = gram_is_cheaper(_count(gates, patients), joined.shape[-1], gates.shape[-1])
-    product = _Product.of(gates, joined, patients, gram=gram)
+    formed = not gram_is_cheaper(_count(gates, patients), joined.shape[-1], gates.shape[-1])
+    product = _Product.of(gates, joined, patients, formed=formed)
     if product.by_patient is None:
         norms = gram_norm(_positions(joined, patients), _positions(gates, patients), int(bias))
     else:
@@ -196,13 +196,13 @@ def _two_sided(
     """
     bias, d, size = parameters[2] is not None, x.shape[-1], hiddens.shape[-1]
     h, shared = _before(hiddens), hidden_side.shape[-1] - size
-    gram = gram_is_cheaper(_count(hidden_side, patients), d + size, hidden_side.shape[-1])
-    whole = _Product.of(hidden_side, _joined(x, h, bias=bias), patients, gram=gram)
-    candidates = _Product.of(of_candidates, _joined(x, bias=bias), patients, gram=gram)
+    formed = not gram_is_cheaper(_count(hidden_side, patients), d + size, hidden_side.shape[-1])
+    whole = _Product.of(hidden_side, _joined(x, h, bias=bias), patients, formed=formed)
+    candidates = _Product.of(of_candidates, _joined(x, bias=bias), patients, formed=formed)
     if whole.by_patient is None or candidates.by_patient is None:
         sides = x, h, hidden_side[..., :shared], of_candidates, hidden_side[..., shared:]
-        of_x, of_h, of_shared, of_n, of_own = (_gram(_positions(side, patients)) for side in sides)
-        norms = ((of_x + bias) * (of_shared + of_n) + (of_h + bias) * (of_shared + of_own)).sum((1, 2))
+        of_x, of_h, of_shared, of_n, of_own = (gram(_positions(side, patients)) for side in sides)
+        norms = norm_of_grams(of_x + bias, of_shared + of_n) + norm_of_grams(of_h + bias, of_shared + of_own)
     else:
         whole.by_patient[:, shared:, :d] = 0.0  # taking its square off again could leave a norm that is too small
         norms = square_norm(whole.by_patient) + square_norm(candidates.by_patient)
@@ -215,10 +215,6 @@ def _two_sided(
         return (*weights, torch.cat([both[:shared, -1], n[:, -1]]), both[:, -1].clone()) if bias else weights
 
     return Contribution(tuple(p for p in parameters if p is not None), norms, weighted)
-
-
-def _gram(positions: Tensor) -> Tensor:
-    return positions @ positions.transpose(1, 2)
 
 
 def _count(gates: Tensor, patients: int) -> int:

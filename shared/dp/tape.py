@@ -109,11 +109,34 @@ def gram_norm(inputs: Tensor, outputs: Tensor, biases: int = 0) -> Tensor:
     """Return ``(B,)`` squared norms of Σ_t g_t x_tᵀ from ``(B, T, d)`` and ``(B, T, p)`` without forming them.
 
     ‖Σ_t g_t x_tᵀ‖² = Σ_{s,t} (x_s·x_t)(g_s·g_t); Bu et al. 2022, equation 3. A bias is an input that is always 1, so
-    each of the ``biases`` adds 1 to x_s·x_t.
+    each of the ``biases`` adds 1 to x_s·x_t. See :func:`norm_of_grams` for what is returned where positions cancel.
     """
     if inputs.shape[1] == 1:
         return square_norm(outputs) * (square_norm(inputs) + biases)
-    return ((inputs @ inputs.transpose(1, 2)).add_(biases) * (outputs @ outputs.transpose(1, 2))).sum((1, 2))
+    return norm_of_grams(gram(inputs).add_(biases), gram(outputs))
+
+
+def gram(positions: Tensor) -> Tensor:
+    """Return the Gram matrices ``(B, T, T)`` of ``(B, T, d)``."""
+    return positions @ positions.transpose(1, 2)
+
+
+def norm_of_grams(inputs: Tensor, outputs: Tensor) -> Tensor:
+    """Return ``(B,)`` squared norms Σ a_st b_st of Gram matrices ``(B, T, T)``, never too small by rounding.
+
+    Here norm and clipped sum come from different numbers. Where a patient's positions cancel, which hostile weights can
+    bring about, the sum of products may round to nothing while the sum of gradients does not, and the patient would
+    pass unclipped. With M = Σ_t ‖x_t‖‖g_t‖, to which both errors are proportional, the result is at least
+    S + 8εM² (ε of the number format: what rounding takes off S), and at least 2¹⁸εM²/T, so that a coefficient of
+    the clipped sum never magnifies rounding. The second takes effect only where positions cancel to about a sixth
+    of what independent ones would: such a patient is clipped harder than need be, which costs no privacy.
+    """
+    magnitude = (
+        (inputs.diagonal(dim1=1, dim2=2) * outputs.diagonal(dim1=1, dim2=2)).clamp(min=0.0).sqrt().sum(1).square()
+    )
+    epsilon = torch.finfo(inputs.dtype).eps
+    products = (inputs * outputs).sum((1, 2)) + 8.0 * epsilon * magnitude
+    return torch.maximum(products, 2.0**18 * epsilon / inputs.shape[1] * magnitude)
 
 
 def gram_is_cheaper(positions: int, inputs: int, outputs: int) -> bool:

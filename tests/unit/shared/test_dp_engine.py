@@ -132,6 +132,26 @@ def test_every_layer_agrees_with_autograd(case: str, records: int, bound: float)
     assert_same(build, data(shape, 4, records), bound, 1e-12)
 
 
+@pytest.mark.parametrize("scale", [1e4, 1e8, 1e12])
+@pytest.mark.parametrize("apart", [0.0, 1e-7, 1e-4])
+@pytest.mark.parametrize("case", CASES)
+def test_a_patient_whose_records_cancel_does_not_pass_the_bound(case: str, apart: float, scale: float) -> None:
+    """Rounding must not make a norm vanish while the sum does not: hostile weights can bring this about."""
+    if case == "only Opacus knows" and not hasattr(nn, "RMSNorm"):
+        pytest.skip("this torch has no RMSNorm")
+    build, shape = CASES[case]
+    one = data(shape, 3, 1, torch.float32)
+    x = torch.cat([one, one * (1 + apart * torch.randn(one.shape, generator=torch.Generator().manual_seed(1)))], dim=1)
+    model = make(build, torch.float32)
+    engine = BookKeeping(model)
+    for first, patient in enumerate(x):  # alone in the sum, each as the first of three rows
+        engine.start(3)
+        output = model(torch.stack([patient, *x[[(first + 1) % 3, (first + 2) % 3]]]).flatten(0, 1)).flatten(1)
+        engine.clipped_sum(scale * (output.view(3, 2, -1).sum(2) * torch.tensor([1.0, -1.0])).sum(1), 1.0, 1)
+        total = torch.cat([parameter.grad.flatten().double() for parameter in model.parameters()])
+        assert total.norm() <= 1.0 + 1e-6
+
+
 @pytest.mark.parametrize("case", [name for name, (_, shape) in CASES.items() if len(shape) == 3])
 def test_channels_last_agrees_too(case: str) -> None:
     build, shape = CASES[case]
