@@ -65,8 +65,12 @@ def generated_patches(model: ConditionalGan, labels: Tensor, seed: int) -> Patch
     return Patches(model.sample(labels, Generator().manual_seed(seed))[:, 0], labels)
 
 
-def train_classifier(patches: Patches, seed: int, steps: int = STEPS) -> LungCTNet:
-    """Return a LungCTNet trained on ``patches``, both classes equally often, turned and shifted at random."""
+def train_classifier(patches: Patches, seed: int, steps: int | None = None) -> LungCTNet:
+    """Return a LungCTNet trained on ``patches``, both classes equally often, turned and shifted at random.
+
+    By default for ``STEPS`` steps.
+    """
+    steps = steps or STEPS
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LungCTNet()

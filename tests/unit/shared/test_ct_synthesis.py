@@ -31,6 +31,12 @@ class Silence:
         return total
 
 
+@pytest.fixture(autouse=True)
+def _quick_classifiers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the classifier learns is not tested here."""
+    monkeypatch.setattr("shared.synthesis.STEPS", 5)
+
+
 @pytest.fixture
 def store(tmp_path: Path, make_nodule_store: Callable[..., RecordStore]) -> RecordStore:
     return make_nodule_store(tmp_path / "store", patients=12)

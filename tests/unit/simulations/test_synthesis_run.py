@@ -16,6 +16,12 @@ from simulations.run import Simulation, resume, start
 DISPLAY = Display(Console(quiet=True))
 
 
+@pytest.fixture(autouse=True)
+def _quick_classifiers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made-up nodules are easy: a fifth of the steps is enough to tell them apart."""
+    monkeypatch.setattr("shared.synthesis.STEPS", 50)
+
+
 @pytest.fixture
 def data(tmp_path: Path, make_nodule_store: Callable[..., RecordStore]) -> tuple[str, ...]:
     for number in (1, 2):
