@@ -119,8 +119,8 @@ class Ledger:
         self._path = path
         if not path.exists():
             raise StorageError(
-                f"The privacy ledger {path.name} is missing. Without it nothing is released: restore it, or make "
-                "one for a site that never released anything."
+                f"The privacy ledger {path} is missing. Without it nothing is released, and an old copy would forget "
+                "what was spent: see 'Back-ups and keys' in docs/operations.md."
             )
         with self._transaction() as database:
             if database.execute("PRAGMA user_version").fetchone()[0] != _VERSION:

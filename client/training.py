@@ -16,6 +16,7 @@ before the optimizer's update, and costs no privacy; inside the clipped gradient
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -39,25 +40,28 @@ class Randomness:
     Attributes:
         uniform: Draws for the sampling of patients; the accounting counts on their secrecy.
         noise: The noise; the guarantee counts on its secrecy.
-        augmentation: Which records are drawn and how they are changed. Not secret: the bound holds for any.
+        augmentation: For what sees no patient. Not secret.
+        draws: Key of which records are drawn and how they are changed; see :func:`draw_own`.
     """
 
     uniform: Callable[[int], npt.NDArray[np.float64]]
     noise: NoiseSource
     augmentation: Generator
+    draws: bytes
 
     @classmethod
     def secure(cls, key: bytes) -> "Randomness":
         """Derive from ``KEY_BYTES`` random bytes, for patients who must be protected."""
         augmentation = _generator(key, b"augmentation", "cpu")
-        return cls(KeyStream(key, b"sampling").uniform, SecureNoise(KeyStream(key, b"noise")), augmentation)
+        uniform, noise = KeyStream(key, b"sampling").uniform, SecureNoise(KeyStream(key, b"noise"))
+        return cls(uniform, noise, augmentation, _derived(key, b"draws"))
 
     @classmethod
     def simulated(cls, key: bytes) -> "Randomness":
         """Derive fast streams of torch's generator, for simulated patients only."""
         sampling = np.random.default_rng(list(key))
         noise = SeededNoise(_generator(key, b"noise", preferred_device()))
-        return cls(sampling.random, noise, _generator(key, b"augmentation", "cpu"))
+        return cls(sampling.random, noise, _generator(key, b"augmentation", "cpu"), _derived(key, b"draws"))
 
 
 def train_round(
@@ -95,16 +99,17 @@ def train_round(
     if plan.strategy == FEDPROX:
         pull_back(optimizer, plan.proximal_mu)
 
-    def draw(chosen: Tensor) -> Batch:
-        return patients.draw(chosen, plan.records_per_patient, randomness.augmentation).to(device)
+    def draw(number: int, chosen: Tensor) -> Batch:
+        own = _derived(randomness.draws, number.to_bytes(8, "big"))
+        return draw_own(patients, chosen, plan.records_per_patient, own).to(device)
 
     def sampled() -> Tensor:
         return poisson_sample(len(patients), plan.sample_rate, randomness.uniform)
 
     if not plan.private:
         ordinary = OrdinaryStep(model, optimizer, task.loss)
-        for _ in range(plan.local_steps):
-            ordinary(draw(sampled()))
+        for number in range(plan.local_steps):
+            ordinary(draw(number, sampled()))
         return pack(model)
     step = PrivateStep(
         model,
@@ -116,10 +121,27 @@ def train_round(
         noise=randomness.noise,
         engine=plan.engine,
     )
-    for _ in range(plan.local_steps):
-        step(padded_parts(sampled(), plan.records_per_patient, draw))
+    for number in range(plan.local_steps):
+        step(padded_parts(sampled(), plan.records_per_patient, partial(draw, number)))
     step.close()
     return pack(model)
+
+
+def draw_own(patients: PatientDataset, chosen: Tensor, records_per_patient: int, key: bytes) -> Batch:
+    """Draw records of the ``chosen`` patients ``(B,)``, each patient's with a generator of that patient's own.
+
+    The generator hangs on ``key``, which names release and step, and on the patient's pseudonym, and on nobody else:
+    whoever else is in the store or joins the step, a patient's records are the same. So for every key, known or not,
+    one patient more changes that patient's row only, which is what the bound on the sum counts on.
+    """
+    if not len(chosen):
+        return patients.draw(chosen, records_per_patient, Generator())
+    return Batch.joined(
+        [
+            patients.draw(one, records_per_patient, _generator(key, patients.keys[int(one)].tobytes(), "cpu"))
+            for one in chosen.split(1)
+        ]
+    )
 
 
 def hold_all_but(part: nn.Module, model: nn.Module) -> nn.Module:
@@ -158,6 +180,9 @@ def preferred_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def _derived(key: bytes, purpose: bytes) -> bytes:
+    return hashlib.sha256(key + purpose).digest()
+
+
 def _generator(key: bytes, purpose: bytes, device: str) -> Generator:
-    seed = int.from_bytes(hashlib.sha256(key + purpose).digest()[:8], "big")
-    return Generator(device).manual_seed(seed)
+    return Generator(device).manual_seed(int.from_bytes(_derived(key, purpose)[:8], "big"))

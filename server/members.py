@@ -88,7 +88,7 @@ class Members:
         Args:
             key: From its ``site.pub``.
             name: Needed if the key's comment gives none, and equal to it if it does.
-            declared_patients: Needed if the comment gives none; goes before it.
+            declared_patients: Needed if the comment gives none; must agree with it.
 
         Raises:
             ProtocolError: If something is missing or does not fit, or name or key are enrolled already.
@@ -201,6 +201,11 @@ def _name(key: SiteKey, name: str | None) -> str:
 
 
 def _declared(key: SiteKey, declared_patients: int | None) -> int:
+    if None not in (declared_patients, key.declared_patients) and declared_patients != key.declared_patients:
+        raise ProtocolError(
+            f"The hospital's own key declares {key.declared_patients} patients, not {declared_patients}. The number is "
+            "fixed at enrolment; ask the hospital which it is."
+        )
     declared = key.declared_patients if declared_patients is None else declared_patients
     if declared is None or not 1 <= declared < 10**9:
         raise ProtocolError("Say with --declared-patients how many patients the site declares: 1 or more.")

@@ -9,6 +9,7 @@ from shared.errors import PlanError
 from shared.plan import RunPlan
 from shared.tasks.registry import find_task
 
+MOST_EPSILON = 100.0
 DELTA_SHARE = 0.1
 """A plan's delta, as a share of one over the largest declared number of patients."""
 
@@ -33,6 +34,10 @@ def draft_plan(task: str, *, epsilon: float, delta: float, overrides: Mapping[st
         raise PlanError(f"epsilon must be positive, not {epsilon}; 'inf' trains without privacy.")
     if math.isinf(epsilon):
         return noiseless
+    if epsilon > MOST_EPSILON:
+        raise PlanError(
+            f"epsilon must be at most {MOST_EPSILON:g}: above that there is no privacy; say 'inf' for none."
+        )
     noise = calibrate_noise(
         epsilon=epsilon,
         delta=delta,

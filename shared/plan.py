@@ -5,6 +5,7 @@ A plan is public. Its digest names the run's rules; a site refuses a message who
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -42,6 +43,8 @@ _LIMITS: dict[str, tuple[float, float]] = {
 """Beyond these a plan is a mistake or an attack: a bound so small that its noise rounds to nothing, a batch that
 exhausts memory when somebody is sampled and not when nobody is."""
 _LEAST_NOISE = 0.05
+_MOST_STEPS, _MOST_LOSS = 1_000_000, 25.0
+"""What a plan may ask of the accountant: beyond these it would fill gigabytes for minutes, to refuse in the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +114,12 @@ class RunPlan:
             _require(low <= getattr(self, name) <= high, f"{name} must lie between {low:g} and {high:g}")
         quiet = 0.0 < self.noise_multiplier < _LEAST_NOISE
         _require(not quiet, f"noise_multiplier must be 0 or at least {_LEAST_NOISE:g}")
+        steps = self.rounds * self.local_steps
+        _require(steps <= _MOST_STEPS, f"rounds times local_steps must be at most {_MOST_STEPS}")
+        if self.noise_multiplier:
+            # The composition's central limit (Bu et al., "Deep Learning with Gaussian Differential Privacy", 2020).
+            loss = self.sample_rate * math.sqrt(steps * math.expm1(min(self.noise_multiplier**-2, 700.0)))
+            _require(loss <= _MOST_LOSS, "its epsilon would be in the hundreds; use more noise, or none at all")
         _require(0.0 <= self.momentum < 1.0, "momentum must lie in [0, 1)")
         _require(0.0 < self.delta < 1.0, "delta must lie strictly between 0 and 1")
         _require(self.patience >= 0, "patience must not be negative")

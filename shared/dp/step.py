@@ -13,7 +13,7 @@ never the batch's size or the true count, which are sensitive.
 | case | what happens |
 | --- | --- |
 | nobody was sampled | a noise-only step like any other, after one pass over padding |
-| a patient's gradient is not finite | the patient contributes zero; NaN would void the bound |
+| a patient's gradient is not finite | the patient counts with blank records, within the bound; NaN would void it |
 | not even padding's gradient is finite | hostile weights: nobody contributes, the step is noise only |
 | more patients than one pass takes | passes of one size; clipped sums add up, noise is added once |
 

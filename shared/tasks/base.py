@@ -1,9 +1,11 @@
 """What a task is: a model, a way to draw patients, a loss per patient and an evaluation."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Generator, Tensor, nn
 
@@ -37,6 +39,11 @@ class Batch:
         """How many of the first rows are patients."""
         return len(self) - self.padding
 
+    @classmethod
+    def joined(cls, batches: Sequence["Batch"]) -> "Batch":
+        """Return batches of one form, at least one, as one."""
+        return cls({name: torch.cat([batch[name] for batch in batches]) for name in batches[0].fields})
+
     def padded(self, patients: int) -> "Batch":
         """Return the batch with rows of zeros up to ``patients`` rows."""
         missing = patients - len(self)
@@ -63,6 +70,10 @@ class PatientDataset(Protocol):
 
     def __len__(self) -> int:
         """Return the number of patients."""
+
+    @property
+    def keys(self) -> npt.NDArray[np.uint8]:
+        """The patients' pseudonyms ``(N, 16)``: what a patient's draws hang on, whoever else is in the store."""
 
     def draw(self, patients: Tensor, records_per_patient: int, generator: Generator) -> Batch:
         """Draw ``K`` augmented records of each patient ``(B,)``, with replacement among the patient's own."""

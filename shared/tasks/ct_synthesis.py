@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Final, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
@@ -69,6 +70,11 @@ class SynthesisPatients:
     def __len__(self) -> int:
         """Return the number of patients."""
         return len(self.store)
+
+    @property
+    def keys(self) -> npt.NDArray[np.uint8]:
+        """The patients' pseudonyms ``(N, 16)``."""
+        return self.store.keys
 
     def draw(self, patients: Tensor, records_per_patient: int, generator: Generator) -> Batch:
         """Draw patches ``(B, K, 32, 32)``, labels ``(B, K)`` and latents ``(B, K, Z)``."""

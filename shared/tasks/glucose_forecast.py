@@ -46,6 +46,12 @@ class GlucosePatients:
         """Return the number of patients who have a window."""
         return len(self._starts[1]) - 1
 
+    @cached_property
+    def keys(self) -> npt.NDArray[np.uint8]:
+        """The pseudonyms ``(N, 16)`` of the patients who have a window."""
+        starts, offsets = self._starts
+        return self.store.keys[self.store.patient_of_record[starts[offsets[:-1]]]]
+
     def draw(self, patients: Tensor, records_per_patient: int, generator: Generator) -> Batch:
         """Draw ``readings`` ``(B, K, HISTORY, 4)`` and the ``path`` ``(B, K, HORIZON)`` that followed each."""
         starts, offsets = self._starts

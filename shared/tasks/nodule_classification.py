@@ -35,6 +35,11 @@ class NodulePatients:
         """Return the number of patients."""
         return len(self.store)
 
+    @property
+    def keys(self) -> npt.NDArray[np.uint8]:
+        """The patients' pseudonyms ``(N, 16)``."""
+        return self.store.keys
+
     def draw(self, patients: Tensor, records_per_patient: int, generator: Generator) -> Batch:
         """Draw patches ``(B, K, 1, 28, 28)`` and labels ``(B, K)``, each patch augmented by itself."""
         rows = draw_records(self.store.offsets, patients, records_per_patient, generator)

@@ -1,7 +1,7 @@
 """Drawing patients and their records.
 
-Privacy: a patient's records are drawn from that patient's own alone, so the batch of a data set with one
-patient more differs in that patient's rows only.
+Privacy: a patient's records are drawn from that patient's own alone. That they also do not hang on who else is drawn is
+the caller's part: ``client.training.draw_own`` draws each patient by itself.
 """
 
 from collections.abc import Callable

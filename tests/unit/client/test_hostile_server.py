@@ -53,6 +53,7 @@ def policy(folder: Path, **changes: Any) -> None:
         "max_epsilon": PLAN.epsilon(),
         "max_delta": 0.01,
         "max_sample_rate": 0.6,
+        "min_noise_multiplier": 0.5,
     }
     SitePolicy(**{**values, **changes}).write(folder / "site.toml")
 
@@ -102,7 +103,8 @@ def _raw_plan(**changes: Any) -> RecordDict:
     ("changes", "code"),
     [
         ({"noise_multiplier": 0.0}, ErrorCode.POLICY_REFUSED),
-        ({"noise_multiplier": 0.2}, ErrorCode.POLICY_REFUSED),
+        ({"noise_multiplier": 0.45}, ErrorCode.POLICY_REFUSED),
+        ({"noise_multiplier": 0.2}, ErrorCode.BAD_PLAN),  # its epsilon would be in the hundreds
         ({"noise_multiplier": float("nan")}, ErrorCode.BAD_PLAN),
         ({"noise_multiplier": -1.0}, ErrorCode.BAD_PLAN),
         ({"max_grad_norm": 900.0}, ErrorCode.POLICY_REFUSED),
@@ -115,7 +117,9 @@ def _raw_plan(**changes: Any) -> RecordDict:
         ({"loss": "lambda model, batch: batch"}, ErrorCode.BAD_PLAN),
         ({"optimizer": "os.system"}, ErrorCode.BAD_PLAN),
         ({"engine": "torch.load"}, ErrorCode.BAD_PLAN),
-        ({"local_steps": 10_000}, ErrorCode.BUDGET_EXCEEDED),
+        ({"local_steps": 1_000}, ErrorCode.BUDGET_EXCEEDED),
+        ({"local_steps": 10_000}, ErrorCode.BAD_PLAN),
+        ({"local_steps": 10_000, "rounds": 100_000, "sample_rate": 1e-4, "noise_multiplier": 64.0}, ErrorCode.BAD_PLAN),
     ],
 )
 def test_a_greedy_plan(site: Site, kind: str, changes: dict[str, Any], code: ErrorCode) -> None:
@@ -223,7 +227,7 @@ def test_outside_its_hours_a_site_begins_nothing_new_but_repeats_what_it_gave(si
     days = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
     # Days that are far from today in every time zone: no clock is faked.
     policy(site.folder, days=(days[(weekday + 3) % 7],))
-    refused(site, "train", train(2), ErrorCode.POLICY_REFUSED)
+    refused(site, "train", train(2), ErrorCode.OUTSIDE_HOURS)
     assert send(site, "train", train(1)).content["arrays"] == first.content["arrays"]
     assert not send(site, "query", PlanQuery("run", PLAN).to_content()).has_error()
 

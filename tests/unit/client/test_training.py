@@ -1,5 +1,6 @@
 """One round of local training: it does exactly what the plan accounts for."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import client.training
-from client.training import Randomness, train_round
+from client.training import Randomness, draw_own, train_round
 from shared.dp.noise import SecureNoise
 from shared.plan import FEDPROX, RunPlan
 from shared.records import RecordStore
@@ -199,3 +200,18 @@ def test_fedproxs_pull_is_added_after_clipping_and_noise(store: RecordStore) -> 
     np.testing.assert_allclose(two, one - 0.5 * (second + 1.0 * one), rtol=1e-3, atol=1e-6)
     # What is noised is clipped data only: the pull would have pushed the sum over the patients' bound.
     assert recorders[2].deviations == [2.0 * 0.7] * (2 * count)
+
+
+def test_one_patient_more_changes_nobody_elses_records(
+    make_nodule_store: Callable[..., RecordStore], tmp_path: Path
+) -> None:
+    store = make_nodule_store(tmp_path / "store", patients=12, seed=3)
+    task = find_task("nodule-classification")
+    whole, without = task.load(store), task.load(store.subset(np.delete(np.arange(12), 4)))
+    key = b"release and step"
+    with_them = draw_own(whole, torch.arange(12), 3, key)
+    without_them = draw_own(without, torch.arange(11), 3, key)
+    others = torch.from_numpy(np.delete(np.arange(12), 4))
+    for name, field in without_them.fields.items():
+        assert torch.equal(with_them[name][others], field)
+    assert not torch.equal(draw_own(whole, torch.arange(12), 3, b"another step")["image"], with_them["image"])
