@@ -72,6 +72,14 @@ clientapp = "client.app:app"
 """
 
 
+_PATIENT = """\
+from flwr.supercore import sql_mixin
+sql_mixin.SQLITE_PRAGMAS = (*sql_mixin.SQLITE_PRAGMAS, ("busy_timeout", "60000"))
+"""
+"""Flower gives up on its own database after 5 s, which a hundred sites on a busy machine can use up: a ServerApp whose
+weights could not be stored for that breaks off. It was seen at load 19 on two cores."""
+
+
 class LinkError(FederationError):
     """Flower's SuperLink does not answer, or refuses."""
 
@@ -219,7 +227,7 @@ def commands(server: Path, config: ServerConfig) -> Mapping[str, list[str]]:
         *secret,
     ]
     return {
-        SUPERLINK: [sys.executable, "-c", _entry("superlink.cli", "flower_superlink"), *superlink],
+        SUPERLINK: [sys.executable, "-c", _PATIENT + _entry("superlink.cli", "flower_superlink"), *superlink],
         SUPEREXEC: [sys.executable, "-c", _entry("supercore.cli", "flower_superexec"), *superexec],
     }
 

@@ -25,11 +25,14 @@ def write_atomic(path: Path, content: bytes) -> None:
     """
     with storage_errors(path):
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with temporary.open("wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
+        try:
+            with temporary.open("wb") as handle:
+                handle.write(content)
+                handle.flush()
+                os.fsync(handle.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)  # on a full disk, half a file would keep it full
         sync_directory(path.parent)
 
 

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from shared.errors import FederationError, StorageError
+from simulations import service_cli
 
 _CONSOLE = Console()
 _EXAMPLES = """
@@ -37,6 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Simulate a federation of hospitals on this machine.",
 )
+app.add_typer(service_cli.app, name="bench-service")
 
 
 @app.callback()

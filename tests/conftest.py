@@ -1,6 +1,8 @@
 """Fixtures that several rooms of the tests share."""
 
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,22 @@ def real_data() -> Path:
 def make_nodule_store() -> StoreMaker:
     """Return a writer of small ``ct-nodules`` stores whose malignant nodules are bigger and so learnable."""
     return write_nodule_store
+
+
+@pytest.fixture
+def disk_full_after() -> Callable[[int], AbstractContextManager[None]]:
+    """Return what lets no file grow beyond a size: the kernel then says what a full disk says, but for the number."""
+
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 def write_nodule_store(path: Path, patients: int = 12, seed: int = 0, nodules: int = 2) -> RecordStore:

@@ -2,12 +2,11 @@
 
 import json
 import os
-import resource
 import shutil
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -323,19 +322,10 @@ def test_a_lost_log_is_not_begun_again(books: Books) -> None:
     assert books.ledger.releases() == ()
 
 
-@contextmanager
-def disk_full_after(size: int) -> Iterator[None]:
-    """No file may grow beyond ``size``: what the kernel then says is what a full disk says, but for the number."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("room", range(0, 620, 60))
-def test_a_full_disk_releases_nothing_and_the_next_try_goes_on(books: Books, room: int) -> None:
+def test_a_full_disk_releases_nothing_and_the_next_try_goes_on(
+    books: Books, room: int, disk_full_after: Callable[[int], AbstractContextManager[None]]
+) -> None:
     books.train(1)
     with books.log.session() as session:  # past the ledger's own size, so that the log is what fills up
         for _ in range(60):

@@ -3,6 +3,7 @@
 import sqlite3
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,6 +136,25 @@ def test_other_data_under_the_same_reservation_is_refused(ledger: Ledger) -> Non
 def test_every_commit_waits_for_the_disk(ledger: Ledger) -> None:
     with ledger._transaction() as database:
         assert database.execute("PRAGMA synchronous").fetchone()[0] == 3  # EXTRA
+
+
+@pytest.mark.parametrize("room", range(0, 60_000, 4096))
+def test_a_full_disk_changes_nothing_and_the_next_try_succeeds(
+    ledger: Ledger, tmp_path: Path, room: int, disk_full_after: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    path, reply = tmp_path / "ledger.sqlite", b"r" * 60_000
+    with disk_full_after(room), suppress(StorageError):
+        ledger.reserve(request(), b"first", allow)
+    reserved = ledger.mechanisms()
+    reservation = Ledger(path).reserve(request(), b"second", allow)
+    assert reservation.key == (b"first" if reserved else b"second")
+    with disk_full_after(room), pytest.raises(StorageError):
+        ledger.commit(reservation, reply)
+    again = Ledger(path).reserve(request(), b"third", allow)
+    assert again == reservation, "open, with its key: nothing was released"
+    ledger.commit(again, reply)
+    assert Ledger(path).reserve(request(), b"fourth", allow).reply == reply
+    assert ledger.mechanisms() == (MECHANISM,)
 
 
 def test_a_damaged_ledger_fails_closed(tmp_path: Path) -> None:

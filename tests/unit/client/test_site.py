@@ -1,6 +1,8 @@
 """A site's answers: policy, budget, replay, and what may leave."""
 
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 
 import client.site
 from client.app import SITE_FOLDER, app
+from client.audit_check import verify
 from client.config import SitePolicy
 from client.site import Site, open_books
 from shared.accounting import epsilon_of
@@ -186,6 +189,25 @@ def test_a_crash_in_training_is_repeated_to_the_same_bytes(
     reply = Site(tmp_path).answer_train(request())
     assert reply.weights.tobytes() == outputs[0].tobytes()
     assert Site(tmp_path).ledger.epsilon(PLAN.delta) == epsilon_of([PLAN.mechanism(1)], PLAN.delta)
+
+
+@pytest.mark.parametrize("room", [0, 600, 1200, 20_000, 40_000, 200_000, 1_000_000, 1_650_000])
+def test_a_full_disk_releases_nothing_and_the_round_is_done_once_there_is_space(
+    site: Site, tmp_path: Path, room: int, disk_full_after: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    """Of the files that grow, the audit log is the smallest, and the ledger with its reply of 1.7 MB the largest."""
+    with disk_full_after(room):
+        reply = ask(site, "train", request().to_content())
+        assert reply.has_error(), "nothing leaves"
+        assert error_code(reply) is ErrorCode.STORAGE_FAILED
+    assert all(release.committed_at is None for release in site.ledger.releases())
+    assert verify(site.audit).problems == ()
+    begun = len(site.ledger.releases())
+    site = Site(tmp_path)
+    assert TrainReply.from_content(ask(site, "train", request().to_content()).content).round == 1
+    assert [release.committed_at is not None for release in site.ledger.releases()] == [True]
+    assert site.ledger.mechanisms() == (PLAN.mechanism(1),), f"spent once, {begun} times begun"
+    assert (verify(site.audit).problems, verify(site.audit).remarks) == ((), ())
 
 
 def test_two_releases_never_share_noise_in_a_deployment(site: Site, tmp_path: Path) -> None:

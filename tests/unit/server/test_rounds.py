@@ -1,6 +1,7 @@
 """The round loop against sites that refuse, fail, lie or stay silent."""
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from server.cohort import Member
 from server.exchange import Timing
 from server.registry import ASKED, FAILED, LATE, OK, VANISHED, Registry
 from server.rounds import Job, initial_model, run_federation
-from shared.errors import ErrorCode, FederationError, ProtocolError
+from shared.errors import ErrorCode, FederationError, ProtocolError, StorageError
 from shared.messages import PlanQuery, SiteOffer, TrainReply, TrainRequest, error_reply
 from shared.plan import STRATEGIES, RunPlan
 from shared.records import RecordStore
@@ -342,6 +343,38 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one_bit_for_bit(tmp_path: P
     whole, parts = final_weights(tmp_path / "whole"), final_weights(tmp_path / "parts")
     assert whole.tobytes() == parts.tobytes()
     assert np.isfinite(whole).all()
+
+
+@pytest.mark.parametrize("room", [0, 8_192, 40_000, 1_000_000, 1_700_000, 1_900_000])
+def test_after_a_full_disk_a_run_goes_on_bit_for_bit(
+    tmp_path: Path, room: int, disk_full_after: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    """The registry is some 50 kB, the weights 1.7 MB, and the strategy's state twice that."""
+    plan = replace(PLAN, rounds=3, strategy="fedadam", min_sites=5)
+    folder, reference = tmp_path / "parts", tmp_path / "whole"
+    for path in (folder, reference):
+        path.mkdir()
+    steady = {number: towards(number) for number in range(1, 6)}
+
+    def fills_the_disk(request: TrainRequest, message: Message) -> Message:
+        if request.round == 2:
+            full.enter_context(disk_full_after(room))
+        return towards(1)(request, message)
+
+    with ExitStack() as full, pytest.raises(StorageError):
+        run_federation(ScriptedGrid({**steady, 1: fills_the_disk}, sites=5), job(folder, plan))
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.round == 1
+    assert not list(folder.rglob("*.tmp")), "what could not be written takes no space"
+    run_federation(ScriptedGrid(steady, sites=5), job(folder, plan))
+    run_federation(ScriptedGrid(steady, sites=5), job(reference, plan))
+    assert [row.round for row in Registry(folder / "registry.sqlite").read("r").rounds] == [0, 1, 2, 3]
+    assert final_weights(folder).tobytes() == final_weights(reference).tobytes()
+
+
+def job(folder: Path, plan: RunPlan) -> Job:
+    return Job("r", plan, folder, None, max_update_norm=NORM_CAP)
 
 
 @pytest.mark.parametrize("strategy", ["median", "trimmed-mean", "krum", "multi-krum"])

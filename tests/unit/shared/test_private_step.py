@@ -1,5 +1,6 @@
 """One private step against plain autograd, patient by patient."""
 
+import gc
 import math
 
 import pytest
@@ -99,6 +100,21 @@ def test_agrees_with_a_loop_over_patients(patients: int, records: int, bound: fl
 
 def noise_of(key: int) -> SecureNoise:
     return SecureNoise(KeyStream(key.to_bytes(32, "big"), b"noise"))
+
+
+@pytest.mark.parametrize("engine", ["bookkeeping", "opacus"])
+def test_a_step_leaves_no_tensor_behind(engine: str) -> None:
+    """A circle through autograd is out of the collector's sight: a daemon would grow by it in every round."""
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+    update(make_batch(3, 2), engine=engine)  # whatever is kept once for all
+    before = tensors()
+    for _ in range(3):
+        update(make_batch(3, 2), engine=engine)
+    assert tensors() == before
 
 
 def test_an_empty_batch_is_a_noise_only_step() -> None:
