@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from client.monitor.cli import add_commands
 from shared.errors import FederationError, StorageError
 
 if TYPE_CHECKING:
@@ -218,6 +219,9 @@ def predict(
     marked = find_annotations(annotations, dicom_dir)
     _show_intake(score(checkpoint, dicom_dir, marked, out, secret=secret, workers=_workers(workers)))
     _say(f"predictions: {out}")
+
+
+add_commands(app)
 
 
 def _open(folder: Path) -> "Site":
