@@ -12,10 +12,12 @@ prints a table over whole recordings; interpolated gaps are not part of the stre
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Final
@@ -116,7 +118,7 @@ def compare(record: Record, alerts: Iterable[Alert], rule: Rule) -> Warnings:
         elif any(event.start_s <= time_s <= event.end_s for time_s in times):
             late += 1
     explained = [t for t in times if any(e.start_s - 60 * AHEAD_MIN <= t <= e.end_s + 60 * CALM_MIN for e in events)]
-    days = sum(min(b[0] - a[0], 60 * MAX_GAP_MIN) for a, b in zip(record, record[1:], strict=False)) / 86_400
+    days = sum(min(b[0] - a[0], 60 * MAX_GAP_MIN) for a, b in pairwise(record)) / 86_400
     return Warnings(len(events), tuple(lead), late, len(times), len(times) - len(explained), days)
 
 
@@ -137,7 +139,9 @@ def read_records(export: Path) -> dict[str, Record]:
     records: dict[str, Record] = {}
     for identity, events in read_export(export, CsvMapping()).patients.items():
         pairs = zip(events.elapsed_s.tolist(), events.glucose.tolist(), strict=True)
-        records[identity.patient_id if identity else "one"] = sorted({t: g for t, g in pairs if g == g}.items())
+        records[identity.patient_id if identity else "one"] = sorted(
+            {t: g for t, g in pairs if math.isfinite(g)}.items()
+        )
     return records
 
 
