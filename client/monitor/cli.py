@@ -16,6 +16,7 @@ from rich.console import Console
 from shared.errors import IntakeError, PlanError
 
 if TYPE_CHECKING:
+    from client.intake.glucose_formats import CsvMapping
     from client.monitor.alarm import Alert, Rule
     from client.monitor.stream import Lines
     from client.monitor.watch import Watch, Write
@@ -34,6 +35,12 @@ Examples:
 
   fedward-site monitor round-00030.safetensors --from http://127.0.0.1:8700 --alerts alerts.jsonl --low-quantile 0.1
 """
+_PERSONALISE_EXAMPLE = (
+    "Example:  fedward-site personalise round-00030.safetensors glucose.csv --patient 17 --out p.safetensors"
+)
+_WHAT_IF_EXAMPLE = (
+    "Example:  fedward-site what-if round-00030.safetensors glucose.csv --patient 17 --insulin +2 --carbs -20"
+)
 
 Checkpoint = Annotated[Path, typer.Argument(help="Weights (safetensors), with their JSON beside them.")]
 Export = Annotated[Path, typer.Argument(help="CSV file of glucose readings, or a folder of them.")]
@@ -177,6 +184,73 @@ def _counted(watch: "Watch") -> str:
     return ", ".join(f"{number} {fate}" for fate, number in counts.most_common()) or "no lines yet"
 
 
+def personalise(
+    checkpoint: Checkpoint,
+    export: Export,
+    patient: PatientId,
+    out: Annotated[Path, typer.Option(help="New file *.safetensors. It stays in this hospital.")],
+    site: SiteToml = None,
+) -> None:
+    """Fit the global model to one patient's own history, for that patient's forecasts only.
+
+    The file is marked: no run starts from it, and 'monitor' uses it for that patient alone.
+    """
+    from client.monitor.personal import personalise as fit
+    from client.monitor.personal import read_patient, write_personal
+    from client.trained import load_trained
+
+    trained = load_trained(checkpoint, "glucose-forecast", "forecast glucose")
+    model, gain = fit(trained.model, read_patient(export, patient, _mapping(site)))
+    _say(f"Judged on {gain.windows} forecasts within the last six hours of the record, global → personal model:")
+    _say(f"  RMSE at 30 minutes {gain.rmse_30[0]:.1f} → {gain.rmse_30[1]:.1f} mg/dL")
+    _say(f"  pinball loss {gain.pinball[0]:.2f} → {gain.pinball[1]:.2f} mg/dL")
+    if not gain.steps:
+        _say("No training helped on the six hours before: the global model stays this patient's. Nothing is written.")
+        return
+    write_personal(out, model, patient, trained)
+    _say(f"personal model: {out}")
+
+
+def what_if(
+    checkpoint: Checkpoint,
+    export: Export,
+    patient: PatientId,
+    insulin: Annotated[float, typer.Option(help="Units more, or with a minus less.")] = 0.0,
+    carbs: Annotated[float, typer.Option(help="Grams more, or with a minus less.")] = 0.0,
+    site: SiteToml = None,
+) -> None:
+    """NOT FOR CLINICAL USE: the forecast under another dose or meal, after a patient's last reading."""
+    from client.monitor.personal import read_patient
+    from client.monitor.what_if import WARNING
+    from client.monitor.what_if import what_if as ask
+    from client.trained import load_trained
+
+    trained = load_trained(checkpoint, "glucose-forecast", "forecast glucose")
+    if not trained.fits(patient):
+        raise PlanError("This model was fitted to another patient. Use that patient's, or the global one.")
+    answer = ask(trained.model, read_patient(export, patient, _mapping(site)), insulin, carbs)
+    _say(WARNING, style="bold red")
+    _say(f"last reading {answer.last_mg_dl:.0f} mg/dL; insulin {insulin:+g} units, carbohydrate {carbs:+g} g")
+    for step in (2, 5, 8, 11):
+        (low, middle, high), (low_2, middle_2, high_2) = answer.as_recorded[step], answer.changed[step]
+        _say(
+            f"  in {5 * (step + 1)} min: {middle:.0f} ({low:.0f} to {high:.0f}) mg/dL as recorded, "
+            f"{middle_2:.0f} ({low_2:.0f} to {high_2:.0f}) changed"
+        )
+
+
+def _mapping(site: Path | None) -> "CsvMapping | None":
+    from client.intake.glucose_formats import read_mapping
+
+    return read_mapping(site / "site.toml") if site else None
+
+
+def _say(text: str, style: str | None = None) -> None:
+    _CONSOLE.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
 def add_commands(app: typer.Typer) -> None:
     """Add the commands to the hospital's own."""
     app.command(epilog=_MONITOR_EXAMPLES)(monitor)
+    app.command(epilog=_PERSONALISE_EXAMPLE)(personalise)
+    app.command(epilog=_WHAT_IF_EXAMPLE)(what_if)
