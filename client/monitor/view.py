@@ -19,7 +19,7 @@ from shared.tasks.cgm_windows import HORIZON
 BARS: Final = "▁▂▃▄▅▆▇█"
 _HISTORY: Final = 36
 _ROWS: Final = 12
-_SPAN: Final = (40.0, 300.0)
+_SPAN: Final = (40.0, 250.0)
 _LABEL: Final = 5
 _CHROME: Final = 12
 _STYLES: Final = {Stage.SAFE: "green", Stage.PREDICTED: "yellow", Stage.PRESENT: "bold red"}

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
-from typing import Final
 from zoneinfo import ZoneInfo
 
 from client.intake.pseudonyms import PatientIdentity, pseudonym
@@ -32,7 +31,6 @@ from client.trained import Trained
 from shared.tasks.cgm import STEP_MIN
 
 Write = Callable[[Sequence[Alert]], object]
-_MOST_STAGE: Final = {stage.value: stage for stage in Stage}
 
 
 @dataclass(frozen=True, repr=False)
@@ -153,7 +151,7 @@ class Watch:
             before = patient.alarms.get(rule.kind, Alarm())
             alarm, stage = advance(rule, before, reading.time_s, glucose, path, fresh=patient.history.after_gap())
             patient.alarms[rule.kind] = alarm
-            stages[rule.kind] = Stage.SAFE if alarm.start_s is None else _MOST_STAGE[max(alarm.told, 1)]
+            stages[rule.kind] = _present_stage(rule, alarm, glucose)
             if stage is not Stage.SAFE:
                 alerts.append(self._alert(key, reading, rule, alarm, stage, forecast))
         self.sights[reading.patient_id] = Sight(
@@ -192,3 +190,10 @@ class Watch:
         if self._zone is None and offset_s == 0:
             return datetime.fromtimestamp(time_s, UTC).replace(tzinfo=None).isoformat()
         return datetime.fromtimestamp(time_s, timezone(timedelta(seconds=offset_s))).isoformat()
+
+
+def _present_stage(rule: Rule, alarm: Alarm, glucose: float) -> Stage:
+    """Return what the screen says: what holds now, whether or not somebody is alerted again."""
+    if rule.excess(glucose) > 0.0:
+        return Stage.PRESENT
+    return Stage.SAFE if alarm.start_s is None else Stage.PREDICTED

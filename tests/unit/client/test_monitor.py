@@ -426,7 +426,7 @@ def test_fhir_resources_have_what_r4_requires(some_alerts: list, tmp_path: Path)
 
 def test_the_screen_shows_the_most_urgent_first_and_survives_what_is_missing(trained: Trained) -> None:
     rows = [f"calm,{stamp(5 * k)},120" if k % 2 else f"calm,{stamp(5 * k)},122" for k in range(40)]
-    rows += [f"falling,{stamp(5 * k)},{200 - 3.4 * k}" for k in range(40)] + [f"new,{stamp(0)},100"]
+    rows += [f"falling,{stamp(5 * k)},{200 - 3.5 * k}" for k in range(40)] + [f"new,{stamp(0)},100"]
     watch = watch_all(trained, rows)
     console = Console(width=110, record=True, file=io.StringIO())
     console.print(render(watch.sights, RULES, "counts", 40, NOW_S))
@@ -435,6 +435,7 @@ def test_the_screen_shows_the_most_urgent_first_and_survives_what_is_missing(tra
     assert "in range" in text
     assert "no forecast" in text
     assert "not reviewed" in text
+    assert "low now" in text  # within the refractory time of the alert that foretold it
     assert sparkline([40.0, None, 300.0, 900.0, -5.0]) == "▁ ██▁"
     console.print(render({}, RULES, "", 40, NOW_S))
 
