@@ -40,6 +40,7 @@ class Sight:
     Attributes:
         patient_id: As in the stream.
         time_s: Of the last reading.
+        offset_s: What its local clock is ahead of that.
         history: ``(time_s, mg/dL)`` of the last hours.
         forecast: ``(HORIZON, 3)`` mg/dL, or None where none could be made.
         stages: What holds now, by rule's kind.
@@ -47,6 +48,7 @@ class Sight:
 
     patient_id: str
     time_s: int
+    offset_s: int
     history: tuple[tuple[int, float], ...]
     forecast: Quantiles | None
     stages: dict[str, Stage]
@@ -155,7 +157,7 @@ class Watch:
             if stage is not Stage.SAFE:
                 alerts.append(self._alert(key, reading, rule, alarm, stage, forecast))
         self.sights[reading.patient_id] = Sight(
-            reading.patient_id, reading.time_s, tuple(patient.history.readings), forecast, stages
+            reading.patient_id, reading.time_s, reading.offset_s, tuple(patient.history.readings), forecast, stages
         )
         return alerts
 
