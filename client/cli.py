@@ -12,10 +12,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from client.monitor.cli import add_commands
 from shared.errors import FederationError, StorageError
 
 if TYPE_CHECKING:
+    from client.intake.glucose import GlucoseReport
     from client.intake.nodules import IntakeReport
+    from client.intake.rejects import GlucoseCode, RejectCode
     from client.site import Site
 
 _CONSOLE, _ERRORS = Console(soft_wrap=True), Console(stderr=True)
@@ -26,11 +29,20 @@ Examples, in the order of a hospital's first day:
 
   fedward-site intake H1 /export/dicom --annotations annotations.csv
 
+  fedward-site intake H1 /export/glucose.csv
+
   fedward-site start H1
 
   fedward-site ledger H1
 
   fedward-site audit verify H1
+"""
+_INTAKE_EXAMPLES = """
+Examples:
+
+  fedward-site intake H1 /export/dicom --annotations annotations.csv
+
+  fedward-site intake H1 /export/glucose.csv
 """
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, epilog=_EXAMPLES)
 audit = typer.Typer(add_completion=False, no_args_is_help=True, help="Check and read the audit log.")
@@ -70,14 +82,20 @@ def init(
     _say(f"Made {site}. Read and sign off {site / 'site.toml'}; send {site / 'site.pub'} to the server's operator.")
 
 
-@app.command(epilog="Example:  fedward-site intake H1 /export/dicom --annotations annotations.csv")
+@app.command(epilog=_INTAKE_EXAMPLES)
 def intake(
     site: SiteFolder,
-    dicom_dir: Annotated[Path, typer.Argument(help="Folder with the DICOM export.")],
-    annotations: Annotations,
+    export: Annotated[Path, typer.Argument(help="Folder of DICOM files; or CSV file, or folder of them, of glucose.")],
+    annotations: Annotated[
+        Path | None, typer.Option(help="CSV of nodules, for DICOM; also looked for inside the export.")
+    ] = None,
     workers: Workers = None,
 ) -> None:
-    """Read a DICOM export into the site's store, de-identified; count what is rejected by its code."""
+    """Read an export into the site's store, de-identified; count what is left out by its code.
+
+    With --annotations the export is DICOM with nodules, without it glucose readings as CSV, whose columns the table
+    [glucose] of site.toml may name. The server's reference patients are prepared by the same command.
+    """
     from client.setup import fill_store
 
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=_ERRORS) as progress:
@@ -88,7 +106,7 @@ def intake(
                 stages[stage] = progress.add_task(stage, total=total)
             progress.update(stages[stage], completed=done)
 
-        report, replaced = fill_store(_open(site), dicom_dir, annotations, workers=_workers(workers), on_progress=tell)
+        report, replaced = fill_store(_open(site), export, annotations, workers=_workers(workers), on_progress=tell)
     _show_intake(report)
     if replaced:
         _warn("The store was replaced. The ledger goes on composing: patients of the old store may be in the new one.")
@@ -209,6 +227,9 @@ def predict(
     _say(f"predictions: {out}")
 
 
+add_commands(app)
+
+
 def _open(folder: Path) -> "Site":
     from client.site import POLICY, Site
 
@@ -217,11 +238,20 @@ def _open(folder: Path) -> "Site":
     return Site(folder)
 
 
-def _show_intake(report: "IntakeReport") -> None:
-    _say(f"{report.patients} patients, {report.nodules} nodules, {report.records} records from {report.files} files")
-    if report.rejected:
-        table = Table("left out", "how many", "of", "because")
-        for code, count in report.rejected.items():
+def _show_intake(report: "IntakeReport | GlucoseReport") -> None:
+    from client.intake.nodules import IntakeReport
+
+    if isinstance(report, IntakeReport):
+        kept = f"{report.patients} patients, {report.nodules} nodules, {report.records} records"
+        counts: list[tuple[RejectCode | GlucoseCode, int]] = [*report.rejected.items()]
+    else:
+        kept = f"{report.patients} patients, {report.segments} segments, {report.records} records"
+        kept += f" ({report.interpolated} interpolated)"
+        counts = [*report.counts_by_code.items()]
+    _say(f"{kept} from {report.files} files")
+    if counts:
+        table = Table("counted", "how many", "of", "because")
+        for code, count in counts:
             table.add_row(code.value, str(count), code.unit, code.meaning)
         _CONSOLE.print(table)
 

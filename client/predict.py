@@ -1,27 +1,22 @@
 """Score a hospital's own scans with a trained model. The result stays in the hospital."""
 
 import csv
-import hashlib
 import io
-import json
 import secrets
 import tempfile
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import nn
 
 from client.intake.annotations import COLUMNS
 from client.intake.nodules import IntakeReport, prepare_nodules
 from client.intake.pseudonyms import SECRET_BYTES
-from shared.errors import IntakeError, PlanError, StorageError
+from client.trained import load_trained
+from shared.errors import IntakeError
 from shared.files import storage_errors, write_atomic
 from shared.records import RecordStore
-from shared.tasks.ct_nodules import STORE_KIND
 from shared.tasks.nodule_classification import score_records
-from shared.tasks.registry import find_task
 
 HEADER = ("patient", "nodule", "diameter_mm", "probability")
 _UNUSED_MALIGNANCY = "1"
@@ -57,27 +52,7 @@ def predict(
 
 def load_model(checkpoint: Path) -> nn.Module:
     """Return the model of a checkpoint, ready to score. Raises StorageError or PlanError."""
-    sidecar = checkpoint.with_suffix(".json")
-    with storage_errors(sidecar):
-        text = sidecar.read_bytes()
-    with storage_errors(checkpoint):
-        content = checkpoint.read_bytes()
-    try:
-        described = json.loads(text)
-        name, sha256 = str(described["task"]), described["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{sidecar} does not describe a checkpoint. Copy it together with the weights.") from error
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise StorageError(f"The checkpoint {checkpoint} was changed after it was written. Copy it again.")
-    task = find_task(name)
-    if task.store_kind != STORE_KIND or task.name != "nodule-classification":
-        raise PlanError(f"A model of the task {name} does not score nodules.")
-    model = task.build()
-    try:
-        model.load_state_dict(load(content))
-    except (SafetensorError, RuntimeError, ValueError) as error:
-        raise StorageError(f"{checkpoint} is no checkpoint of the task {name}.") from error
-    return model.eval()
+    return load_trained(checkpoint, "nodule-classification", "score nodules").model
 
 
 def _write_positions(annotations: Path, target: Path) -> None:

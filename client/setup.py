@@ -7,6 +7,9 @@ from pathlib import Path
 from cryptography import x509
 
 from client.config import SitePolicy
+from client.intake.exports import holds_glucose
+from client.intake.glucose import GlucoseReport, prepare_glucose
+from client.intake.glucose_formats import read_mapping
 from client.intake.nodules import IntakeReport, Progress, prepare_nodules
 from client.intake.pseudonyms import load_or_create_secret
 from client.keys import make_key
@@ -16,6 +19,7 @@ from shared.files import storage_errors, sync_directory, write_atomic
 from shared.records import RecordStore
 
 AUTHORITY, PSEUDONYMS = "ca.crt", "pseudonyms.key"
+_OLD_STORE = ".store.old"
 
 
 def init_site(folder: Path, policy: SitePolicy, authority: Path) -> None:
@@ -55,11 +59,19 @@ def find_annotations(annotations: Path, dicom_dir: Path) -> Path:
 
 
 def fill_store(
-    site: Site, dicom_dir: Path, annotations: Path, *, workers: int = 1, on_progress: Progress | None = None
-) -> tuple[IntakeReport, bool]:
+    site: Site, export: Path, annotations: Path | None, *, workers: int = 1, on_progress: Progress | None = None
+) -> tuple[IntakeReport | GlucoseReport, bool]:
     """Prepare an export as the site's store; say whether an older store was replaced.
 
     The old store serves until the new one is complete, and the audit log names the new one before it serves.
+
+    Args:
+        site: Whose store it becomes.
+        export: With ``annotations`` a folder of DICOM; without, a CSV of glucose readings or a folder of them, read
+            by the table ``[glucose]`` of ``site.toml``.
+        annotations: CSV of nodules, or None.
+        workers: Processes that read DICOM.
+        on_progress: Told how far the work is.
 
     Raises:
         IntakeError: If the export cannot be read, or nothing usable is left of it.
@@ -72,18 +84,39 @@ def fill_store(
         raise StorageError(
             f"The secret {secret_file} is missing. Restore it: with another, every patient is a new one."
         )
-    if dicom_dir.resolve() in (site.folder.resolve(), *site.folder.resolve().parents):
-        raise IntakeError("The export must not hold the site's own folder. Name the folder with the DICOM files only.")
-    new, store, old = (site.folder / name for name in (".store.new", STORE, ".store.old"))
+    if export.resolve() in (site.folder.resolve(), *site.folder.resolve().parents):
+        raise IntakeError("The export must not hold the site's own folder. Name the folder with the export only.")
+    new = _clear_way(site)
+    secret = load_or_create_secret(secret_file)
+    report: IntakeReport | GlucoseReport
+    if annotations is None and holds_glucose(export):
+        mapping = read_mapping(site.folder / POLICY)
+        report = prepare_glucose(export, new, secret, mapping=mapping, on_progress=on_progress)
+    elif annotations is None:
+        raise IntakeError(
+            f"{export.name or export} holds DICOM files; say with --annotations where the CSV of their nodules is."
+        )
+    else:
+        annotated = find_annotations(annotations, export)
+        report = prepare_nodules(export, annotated, new, secret, on_progress=on_progress, workers=workers)
+    return report, _install(site, new)
+
+
+def _clear_way(site: Site) -> Path:
+    """Tidy up what an earlier intake left that died; return where the new store is made."""
+    new, store, old = (site.folder / name for name in (".store.new", STORE, _OLD_STORE))
     with storage_errors(store):
         for left_over in (new, *site.folder.glob(".store.new.*.tmp"), *site.folder.glob("..store.new.*.tmp")):
             shutil.rmtree(left_over, ignore_errors=True)
-        if old.exists() and not store.exists():  # died between the two renames below
+        if old.exists() and not store.exists():  # died between the two renames of _install
             old.rename(store)
         shutil.rmtree(old, ignore_errors=True)
-    annotated = find_annotations(annotations, dicom_dir)
-    secret = load_or_create_secret(secret_file)
-    report = prepare_nodules(dicom_dir, annotated, new, secret, on_progress=on_progress, workers=workers)
+    return new
+
+
+def _install(site: Site, new: Path) -> bool:
+    """Put the new store into its place; say whether it replaced another."""
+    store, old = site.folder / STORE, site.folder / _OLD_STORE
     site.audit.note("prepared", store=RecordStore.open(new).digest)
     replaced = store.exists()
     with storage_errors(store):
@@ -92,7 +125,7 @@ def fill_store(
         new.rename(store)
         sync_directory(site.folder)
         shutil.rmtree(old, ignore_errors=True)
-    return report, replaced
+    return replaced
 
 
 def _read_certificate(path: Path) -> bytes:

@@ -22,6 +22,7 @@ from torch import nn
 
 from shared.errors import StorageError
 from shared.files import storage_errors, write_atomic
+from shared.personal import is_personal
 
 State = Mapping[str, npt.NDArray[np.floating]]
 _KEPT = 2
@@ -112,9 +113,11 @@ def load_weights(path: Path, model: nn.Module, sha256: str | None = None) -> str
     """Load a safetensors file into the model and return the file's SHA-256.
 
     Raises:
-        StorageError: If the file is missing, damaged, not the expected one, or of another model.
+        StorageError: If the file is missing, damaged, not the expected one, of another model, or one patient's.
     """
     content, digest = _read(path, sha256)
+    if is_personal(content):
+        raise StorageError(f"{path} was fitted to one patient. It must not leave its hospital and starts no run.")
     try:
         model.load_state_dict(load(content))
     except (SafetensorError, RuntimeError, ValueError) as error:

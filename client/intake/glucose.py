@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from client.intake.exports import is_csv_name
 from client.intake.glucose_csv import Events, read_export
 from client.intake.glucose_formats import CsvMapping
 from client.intake.glucose_grid import STUCK_MIN, to_grid
@@ -29,8 +30,6 @@ from shared.tasks.cgm import COVARIATES, MAX_GAP_MIN, MIN_SEGMENT, RANGE_MG_DL, 
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage (``files`` or ``patients``), how many are done, and of how many."""
-
-_SUFFIXES: Final = (".csv", ".tsv", ".txt")
 
 ADVICE: Final[Mapping[GlucoseCode, str]] = {
     GlucoseCode.UNREADABLE: "The export cannot be read to its end; export or copy it again.",
@@ -153,7 +152,7 @@ def _find_files(source: Path, store: Path, counts: Counter[GlucoseCode]) -> list
         links = [name for name in (*folders, *files) if (here / name).is_symlink()]
         counts[GlucoseCode.SYMLINK] += len(links)
         folders[:] = [name for name in folders if here / name != leave_out]
-        named = [name for name in files if name.lower().removesuffix(".gz").endswith(_SUFFIXES)]
+        named = [name for name in files if is_csv_name(name)]
         counts[GlucoseCode.NOT_CSV] += len(set(files) - set(named) - set(links))
         found += [here / name for name in named if name not in links and (here / name).is_file()]
     return sorted(found)

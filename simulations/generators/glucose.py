@@ -39,6 +39,7 @@ def generate_glucose_hospitals(
     patients_per_site: int | None = None,
     partition: str = "vendors",
     alpha: float = 1.0,
+    days: int = DAYS,
     workers: int | None = None,  # noqa: ARG001 - every source is called alike; a hospital takes seconds
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Path, ...]:
@@ -51,6 +52,7 @@ def generate_glucose_hospitals(
         patients_per_site: By default ``PATIENTS_PER_SITE``.
         partition: ``vendors`` (the shares in ``SHARES``, in turn) or ``dirichlet`` (shares drawn at random).
         alpha: Concentration of the Dirichlet distribution: smaller is more skewed.
+        days: Of readings of each patient.
         workers: Not used.
         on_progress: Told the number of patients done and in all, after each hospital.
 
@@ -72,10 +74,10 @@ def generate_glucose_hospitals(
     try:
         for site, folder in enumerate(folders):
             rng = np.random.default_rng([seed, site])
-            days = simulate_days(_types(shares[site], each, rng), DAYS, rng)
+            lived = simulate_days(_types(shares[site], each, rng), days, rng)
             with storage_errors(out):
                 folder.mkdir(parents=True)
-                _write(folder / EXPORT, days, site, rng)
+                _write(folder / EXPORT, lived, site, rng)
             if on_progress:
                 on_progress((site + 1) * each, sites * each)
     except BaseException:

@@ -212,6 +212,59 @@ def test_a_failed_intake_keeps_the_old_store(
     assert not (site / "pseudonyms.key").exists()
 
 
+def waves(path: Path, readings: int = 230, times: str = "plain") -> Path:
+    """Write an export of two patients; ``times`` is "plain" or the heading of a hospital's own column."""
+    start = datetime(2024, 1, 1)
+    heads = "patient_id,timestamp,glucose_mg_dl" if times == "plain" else f"MRN;{times};Wert"
+    rows = [heads]
+    for patient in ("Doe-1", "Doe-2"):
+        for k in range(readings):
+            cells = (patient, (start + timedelta(minutes=5 * k)).isoformat(), f"{120 + 30 * np.sin(k / 8):.0f}")
+            rows.append((";" if times != "plain" else ",").join(cells))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(rows))
+    return path
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_intake_without_annotations_takes_glucose(
+    folder: bool, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    export = waves(tmp_path / "export" / "clinic.csv")
+    assert call(monkeypatch, "intake", site, export.parent if folder else export) == 0
+    shown = capfd.readouterr()
+    assert "2 patients, 2 segments, 460 records" in shown.out
+    assert "Doe" not in shown.out + shown.err
+    store = Site(site).store
+    assert (store.kind, len(store)) == ("cgm-5min", 2)
+    assert "prepared" in (site / "audit.jsonl").read_text()
+
+
+def test_glucose_is_read_by_the_columns_in_site_toml(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    export = waves(tmp_path / "export.csv", times="Messzeit")
+    assert call(monkeypatch, "intake", site, export) == 1
+    assert "site.toml [glucose]" in capfd.readouterr().err
+    with (site / "site.toml").open("a") as handle:
+        handle.write('\n[glucose]\npatient = "MRN"\ntime = "Messzeit"\nglucose = "Wert"\n')
+    assert call(monkeypatch, "intake", site, export) == 0
+    assert len(Site(site).store) == 2
+
+
+def test_an_export_that_is_neither_or_lacks_its_annotations_is_refused(
+    site: Path, dicom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.pdf").write_bytes(b"%PDF")
+    for export, said in ((dicom, "--annotations"), (tmp_path / "other", "neither"), (tmp_path / "no", "no such")):
+        assert call(monkeypatch, "intake", site, export) == 1
+        error = capfd.readouterr().err
+        assert said in error
+        assert "Traceback" not in error
+    assert not (site / "store").exists()
+
+
 def test_predictions_are_the_models_and_stay_with_their_patients(
     site: Path, dicom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,220 @@
+"""Where readings come from: a file that grows, standard input, or HTTP on loopback; and what a line says.
+
+A line is CSV, ``patient_id,timestamp,glucose_mg_dl[,insulin_units[,carbohydrate_g]]``, or a JSON object with these
+names. Times are ISO 8601; one without an offset is on the clock of the zone that the monitor was told. Cells may be
+empty but for the first two: a row without glucose says what was injected or eaten.
+"""
+
+import csv
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+from zoneinfo import ZoneInfo
+
+from client.intake.glucose_csv import MAX_CARBOHYDRATE_G, MAX_INSULIN_UNITS, SENSOR_LIMITS
+from client.monitor.forecaster import Fate
+from shared.files import storage_errors
+from shared.tasks.cgm import RANGE_MG_DL
+
+COLUMNS: Final = ("patient_id", "timestamp", "glucose_mg_dl", "insulin_units", "carbohydrate_g")
+POLL_S: Final = 0.5
+_NEEDED: Final = 3
+_MOST_LINE: Final = 4096
+_CHUNK: Final = 1 << 16
+_MOST_AHEAD_S: Final = 900
+_ANY_ZONE_S: Final = 14 * 3600
+
+
+@dataclass(frozen=True, repr=False)
+class Reading:
+    """What one line says.
+
+    Attributes:
+        patient_id: The hospital's own name for the patient: for alerts and the screen only.
+        time_s: Seconds since 1970, in UTC if the zone is known.
+        offset_s: What the local clock is ahead of that.
+        glucose: mg/dL, or None.
+        insulin: Units.
+        carbohydrate: Grams.
+    """
+
+    patient_id: str
+    time_s: int
+    offset_s: int
+    glucose: float | None
+    insulin: float
+    carbohydrate: float
+
+
+@dataclass(frozen=True, repr=False)
+class Lines:
+    """Some lines of a stream, in their order.
+
+    Attributes:
+        texts: The lines; none if nothing came for a while.
+        position: Where the source stands after them; empty where it cannot go back.
+        done: Told what became of the lines once it is on the disk.
+    """
+
+    texts: list[str]
+    position: str = ""
+    done: Callable[[dict[str, int]], None] = lambda _fates: None
+
+
+class _Refused(Exception):  # noqa: N818 - an outcome that is counted
+    def __init__(self, fate: Fate) -> None:
+        super().__init__(fate.value)
+        self.fate = fate
+
+
+def parse_line(line: str, zone: ZoneInfo | None, now_s: float) -> Reading | Fate:
+    """Return what a line says, or why it says nothing. No message quotes it.
+
+    Args:
+        line: Without its end.
+        zone: Of times that come without an offset; None if it is not known.
+        now_s: Seconds since 1970: a reading of later is one of a wrong clock, and would make all others late.
+    """
+    try:
+        cells = _cells(line)
+        if [str(cell).strip().lower() for cell in cells[:2]] == list(COLUMNS[:2]):
+            return Fate.HEADER
+        time_s, offset_s = _time(cells[1], zone)
+        if time_s > now_s + _MOST_AHEAD_S + (0 if zone else _ANY_ZONE_S):
+            return Fate.AHEAD
+        glucose = _glucose(cells[2])
+        units, grams = _amount(cells[3], MAX_INSULIN_UNITS), _amount(cells[4], MAX_CARBOHYDRATE_G)
+        patient = str(cells[0]).strip()
+        if not patient or not patient.isprintable() or (glucose is None and units == grams == 0.0):
+            return Fate.BAD_ROW
+        return Reading(patient, time_s, offset_s, glucose, units, grams)
+    except _Refused as outcome:
+        return outcome.fate
+    except (ValueError, TypeError, OverflowError, RecursionError, csv.Error):
+        return Fate.BAD_ROW
+
+
+def _cells(line: str) -> list[Any]:
+    if len(line) > _MOST_LINE or "\0" in line:
+        raise ValueError
+    if line.lstrip().startswith("{"):
+        row = json.loads(line)
+        cells = [row.get(name) for name in COLUMNS]
+        if isinstance(cells[0], bool | float | list | dict) or any(isinstance(cell, bool) for cell in cells):
+            raise ValueError
+        return ["" if cell is None else cell for cell in cells]
+    found = next(csv.reader([line]), [])
+    if len(found) < _NEEDED:
+        raise ValueError
+    return [*found, "", ""][: len(COLUMNS)]
+
+
+def _time(cell: Any, zone: ZoneInfo | None) -> tuple[int, int]:
+    text = str(cell).strip()
+    if ":" not in text:
+        raise ValueError
+    stamp = datetime.fromisoformat(text)
+    if stamp.tzinfo is None and zone is None:
+        return round(stamp.replace(tzinfo=UTC).timestamp()), 0
+    if stamp.tzinfo is None:
+        stamp = stamp.replace(tzinfo=zone)
+        if stamp.utcoffset() != stamp.replace(fold=1).utcoffset():
+            raise _Refused(Fate.CLOCK_CHANGE)
+    local = stamp.astimezone(zone or UTC).utcoffset()
+    return round(stamp.timestamp()), round(local.total_seconds()) if local else 0
+
+
+def _glucose(cell: Any) -> float | None:
+    text = str(cell).strip()
+    if not text:
+        return None
+    value = SENSOR_LIMITS.get(text.lower())
+    value = float(text) if value is None else value
+    if not math.isfinite(value):
+        raise ValueError
+    if not RANGE_MG_DL[0] <= value <= RANGE_MG_DL[1]:
+        raise _Refused(Fate.OUT_OF_RANGE)
+    return value
+
+
+def _amount(cell: Any, most: float) -> float:
+    text = str(cell).strip()
+    value = float(text) if text else 0.0
+    if not 0.0 <= value <= most:
+        raise ValueError
+    return value
+
+
+class _Splitter:
+    """Cuts bytes into whole lines; a line too long to be one is dropped up to its end."""
+
+    def __init__(self) -> None:
+        self.rest = b""
+        self._skipping = False
+
+    def add(self, content: bytes) -> list[str]:
+        *whole, self.rest = (self.rest + content).split(b"\n")
+        if whole and self._skipping:
+            whole[0], self._skipping = b"\0", False  # counted as one bad row
+        if len(self.rest) > _MOST_LINE:
+            self.rest, self._skipping = b"", True
+        return split_lines(b"\n".join(whole))
+
+
+def split_lines(content: bytes) -> list[str]:
+    """Return the lines that hold something; bytes that are no UTF-8 become replacement characters."""
+    return [line for line in content.decode("utf-8", "replace").lstrip("\ufeff").split("\n") if line.strip()]
+
+
+def standard_input(descriptor: int | None = None) -> Iterator[Lines]:
+    """Yield lines as they come, until the end of the input."""
+    source, splitter = sys.stdin.fileno() if descriptor is None else descriptor, _Splitter()
+    while content := os.read(source, _CHUNK):
+        yield Lines(splitter.add(content))
+    yield Lines(splitter.add(b"\n"))
+
+
+def growing_file(path: Path, position: str = "", *, follow: bool = True, poll_s: float = POLL_S) -> Iterator[Lines]:
+    """Yield the lines of a file from ``position`` on, and, with ``follow``, those that are appended.
+
+    A file that was replaced by another or cut short is read from its beginning.
+
+    Raises:
+        StorageError: If it cannot be read.
+    """
+    inode, start = (int(part) for part in (position or "0:0").split(":"))
+    while True:
+        with storage_errors(path), path.open("rb") as handle:
+            facts = os.fstat(handle.fileno())
+            offset = start if (facts.st_ino == inode and start <= facts.st_size) else 0
+            inode, splitter = facts.st_ino, _Splitter()
+            handle.seek(offset)
+            while True:
+                content = handle.read(_CHUNK)
+                if content:
+                    offset += len(content)
+                    yield Lines(splitter.add(content), f"{inode}:{offset - len(splitter.rest)}")
+                elif not follow:
+                    yield Lines(splitter.add(b"\n"), f"{inode}:{offset}")
+                    return
+                elif _replaced(path, inode, offset):
+                    break
+                else:
+                    yield Lines([])
+                    time.sleep(poll_s)
+            start = 0
+
+
+def _replaced(path: Path, inode: int, offset: int) -> bool:
+    try:
+        facts = path.stat()
+    except FileNotFoundError:  # between the two halves of a rotation
+        return False
+    return facts.st_ino != inode or facts.st_size < offset

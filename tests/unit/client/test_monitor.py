@@ -1,0 +1,525 @@
+"""The monitor on streams as they are: late, doubled, broken, cut off and taken up again."""
+
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import Thread
+from zoneinfo import ZoneInfo
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from client import cli
+from client.intake.glucose import prepare_glucose
+from client.intake.pseudonyms import PatientIdentity, pseudonym
+from client.monitor.alarm import DEFAULT_RULES, Stage
+from client.monitor.fhir import detected_issue, observation, write_fhir
+from client.monitor.forecaster import KEPT_S, Fate, History
+from client.monitor.listen import MOST_BYTES, listening
+from client.monitor.memory import AlertFile, Memory
+from client.monitor.stream import Lines, Reading, growing_file, parse_line, standard_input
+from client.monitor.view import render, sparkline
+from client.monitor.watch import Watch
+from client.trained import Trained, load_trained
+from server.checkpoints import load_weights, save_checkpoint
+from shared.errors import PlanError, StorageError
+from shared.personal import save_personal
+from shared.records import RecordStore
+from shared.tasks.glucose_forecast import HISTORY, TASK, readings_at
+
+NOW_S = datetime(2024, 6, 1, tzinfo=UTC).timestamp()
+RULES = {rule.kind: rule for rule in DEFAULT_RULES}
+
+
+class Crash(Exception):  # noqa: N818
+    """The monitor's process ends here."""
+
+
+@pytest.fixture(scope="module")
+def trained() -> Trained:
+    """Return fresh weights: they forecast the last reading, with a band of 14 mg/dL on either side."""
+    torch.manual_seed(0)
+    return Trained(TASK.build().eval(), "0" * 64)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    return save_checkpoint(tmp_path / "c", TASK.build(), run="r", number=1, task=TASK.name, plan_digest="p").path
+
+
+def stamp(minute: float) -> str:
+    return datetime.fromtimestamp(1_704_067_200 + 60 * minute, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def waves(people: int = 2, steps: int = 120, sway: float = 70.0) -> list[str]:
+    """Return rows of patients who go from too low to too high and back, everybody's next row in turn."""
+    return [
+        f"P-{who},{stamp(5 * k)},{130 + sway * np.sin(k / (6 + who)):.0f}"
+        for k in range(steps)
+        for who in range(people)
+    ]
+
+
+def messy(rows: list[str], seed: int) -> list[str]:
+    """Lose, repeat, delay and spoil some rows."""
+    rng = np.random.default_rng(seed)
+    kept = [row for row in rows if rng.random() > 0.05]
+    order = np.argsort(np.arange(len(kept)) + np.where(rng.random(len(kept)) < 0.1, rng.integers(0, 12, len(kept)), 0))
+    found = []
+    for index in order:
+        found += [kept[index]] * (2 if rng.random() < 0.05 else 1)
+        if rng.random() < 0.05:
+            found.append(kept[index][:-1] + "x")
+    return found
+
+
+def alerts_in(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def watch_all(trained: Trained, rows: list[str], sizes: Iterator[int] | None = None, **options: object) -> Watch:
+    watch = Watch(trained, DEFAULT_RULES, Memory(None), now=lambda: NOW_S, **options)
+    for batch in batches(rows, sizes):
+        watch.take(Lines(batch))
+    return watch
+
+
+def batches(rows: list[str], sizes: Iterator[int] | None = None) -> Iterator[list[str]]:
+    at = 0
+    while at < len(rows):
+        size = next(sizes) if sizes else 10
+        yield rows[at : at + size]
+        at += size
+
+
+# What a line says.
+
+
+@pytest.mark.parametrize(
+    ("line", "fate"),
+    [
+        ("patient_id,timestamp,glucose_mg_dl", Fate.HEADER),
+        ("P,2024-01-01T00:00,100,x", Fate.BAD_ROW),
+        ("P,2024-01-01T00:00", Fate.BAD_ROW),
+        ("P,2024-01-01,100", Fate.BAD_ROW),
+        ("P,01/02/2024 10:00,100", Fate.BAD_ROW),
+        ("P,2024-01-01T00:00,nan", Fate.BAD_ROW),
+        ("P,2024-01-01T00:00,inf", Fate.BAD_ROW),
+        ("P,2024-01-01T00:00,", Fate.BAD_ROW),
+        (",2024-01-01T00:00,100", Fate.BAD_ROW),
+        ("P\x1b[2J,2024-01-01T00:00,100", Fate.BAD_ROW),
+        ("P\0,2024-01-01T00:00,100", Fate.BAD_ROW),
+        ("P,2024-01-01T00:00,100,-3", Fate.BAD_ROW),
+        ("P,2024-01-01T00:00,7.1", Fate.OUT_OF_RANGE),
+        ("P,2024-01-01T00:00,900", Fate.OUT_OF_RANGE),
+        ("P,2034-01-01T00:00,100", Fate.AHEAD),
+        ("P,9999-12-31T23:59:59-23:59,100", Fate.BAD_ROW),
+        ("P,2024-03-31T02:30,100", Fate.CLOCK_CHANGE),
+        ("P,2023-10-29T02:30,100", Fate.CLOCK_CHANGE),
+        ("{" * 3000, Fate.BAD_ROW),
+        ("[" * 3000, Fate.BAD_ROW),
+        ("x" * 100_000, Fate.BAD_ROW),
+        ('{"patient_id": true, "timestamp": "2024-01-01T00:00", "glucose_mg_dl": 100}', Fate.BAD_ROW),
+        ('{"patient_id": {"a": 1}, "timestamp": "2024-01-01T00:00", "glucose_mg_dl": 100}', Fate.BAD_ROW),
+        ('{"patient_id": "P", "glucose_mg_dl": 100}', Fate.BAD_ROW),
+    ],
+)
+def test_a_line_that_says_nothing_is_counted_under_one_word(line: str, fate: Fate) -> None:
+    assert parse_line(line, ZoneInfo("Europe/Vienna"), NOW_S) is fate
+
+
+def test_csv_and_json_say_the_same_and_zones_are_kept_apart() -> None:
+    zone = ZoneInfo("Europe/Vienna")
+    line = parse_line("P-1,2024-01-01T10:00,100,1.5,20", zone, NOW_S)
+    row = {"patient_id": "P-1", "timestamp": "2024-01-01T09:00:00Z", "glucose_mg_dl": 100, "insulin_units": 1.5}
+    assert line == parse_line(json.dumps({**row, "carbohydrate_g": "20"}), zone, NOW_S)
+    assert isinstance(line, Reading)
+    assert (line.time_s, line.offset_s) == (1_704_099_600, 3600)
+    assert "P-1" not in repr(line)
+    low = parse_line("P-1,2024-01-01T10:00,Low", None, NOW_S)
+    assert isinstance(low, Reading)
+    assert low.glucose == 40.0
+    dose = parse_line("P-1,2024-01-01T10:00,,2", None, NOW_S)
+    assert isinstance(dose, Reading)
+    assert (dose.glucose, dose.insulin) == (None, 2.0)
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_can_stop_the_stream(content: bytes) -> None:
+    text = content.decode("utf-8", "replace")
+    assert isinstance(parse_line(text, None, NOW_S), Fate | Reading)
+
+
+# What a forecast looks back on.
+
+
+def test_the_window_is_what_intake_would_have_stored(tmp_path: Path) -> None:
+    """Oracle: intake and the task's own view of its store, on a record with a short gap and with doses."""
+    rows, history = ["patient_id,timestamp,glucose_mg_dl,insulin_units,carbohydrate_g"], History()
+    for k in range(200):
+        units, grams = (1.5 if k % 17 == 0 else 0.0), (30.0 if k % 23 == 0 else 0.0)
+        if 185 <= k < 190:
+            continue
+        rows.append(f"P,{stamp(5 * k)},{110 + k % 29},{units or ''},{grams or ''}")
+        if units or grams:
+            history.dose(300 * k, units, grams)
+        history.add(300 * k, 110.0 + k % 29)
+    (tmp_path / "e.csv").write_text("\n".join(rows))
+    prepare_glucose(tmp_path / "e.csv", tmp_path / "store", bytes(32))
+    store = RecordStore.open(tmp_path / "store")
+    window = history.window()
+    assert window is not None
+    expected = readings_at(store, np.array([len(store.arrays["glucose"])]))[0].numpy()
+    np.testing.assert_allclose(window, expected)
+
+
+def test_gaps_stuck_sensors_and_contradictions_are_not_forecast_from() -> None:
+    history = History()
+    for k in range(HISTORY):
+        assert history.window() is None
+        history.add(300 * k, 100.0 + k)
+    assert history.window() is not None
+    assert history.add(300 * 34, 999.0) is Fate.CONFLICT
+    assert history.add(300 * 34, 134.0) is Fate.CONFLICT
+    assert history.add(300 * 35, 135.0) is Fate.DUPLICATE
+    window = history.window()
+    assert window is not None
+    assert window[-2, 0] == pytest.approx(134.0)  # between its neighbours
+    history.add(300 * 35 + 60 * 46, 100.0)
+    assert history.after_gap()
+    assert history.window() is None
+    stuck = History()
+    for k in range(60):
+        stuck.add(300 * k, 123.0)
+    assert stuck.window() is None
+    for k in range(60, 120):
+        stuck.add(300 * k, 400.0)  # a sensor's limit
+    assert stuck.window() is not None
+    assert stuck.readings[0][0] >= 300 * 119 - KEPT_S
+    assert stuck.add(0, 100.0) is Fate.TOO_LATE
+    assert History.from_json(json.loads(json.dumps(stuck.to_json()))) == stuck
+
+
+# What the monitor makes of a stream.
+
+
+@settings(max_examples=8)
+@given(st.integers(0, 1000), st.lists(st.integers(1, 40), min_size=50, max_size=50))
+def test_batches_do_not_matter(trained: Trained, seed: int, sizes: list[int]) -> None:
+    rows = messy(waves(steps=70), seed)
+    said: list[list[str]] = []
+    for cut in (iter(sizes * 20), iter([1] * 5000)):
+        memory = Memory(None)
+        memory.secret = bytes(32)
+        watch = Watch(trained, DEFAULT_RULES, memory, now=lambda: NOW_S)
+        said.append(sorted(alert.id for batch in batches(rows, cut) for alert in watch.take(Lines(batch))))
+    assert said[0] == said[1]
+    assert len(said[0]) > 4
+
+
+def test_every_line_has_one_fate(trained: Trained) -> None:
+    rows = messy(waves(), 3)
+    watch = watch_all(trained, rows)
+    assert sum(watch.fates.values()) == len(rows)
+    assert {Fate.READ, Fate.LATE, Fate.DUPLICATE, Fate.BAD_ROW} <= set(watch.fates)
+
+
+def test_a_late_reading_warns_nobody_of_the_past(trained: Trained) -> None:
+    rows = [f"P,{stamp(5 * k)},120" for k in range(40)]
+    watch = Watch(trained, DEFAULT_RULES, Memory(None), now=lambda: NOW_S)
+    assert watch.take(Lines(rows)) == []
+    assert watch.take(Lines([f"P,{stamp(5 * 39 - 2)},50"])) == []
+    assert watch.fates[Fate.LATE] == 1
+
+
+def test_a_clock_in_the_future_does_not_make_all_others_late(trained: Trained) -> None:
+    watch = watch_all(trained, [f"P,{stamp(0)},120", "P,2031-01-01T00:00,120", f"P,{stamp(5)},50"])
+    assert watch.fates == {Fate.READ: 2, Fate.AHEAD: 1}
+    assert watch.sights["P"].stages["low"] is Stage.PRESENT
+
+
+def live(trained: Trained, folder: Path, crash_at: int = -1, where: str = "") -> bool:
+    """Run one life of a monitor on a file, five lines at a time; say whether it reached the end.
+
+    It ends at the ``crash_at``-th batch with an alert: before the alert is written, between that and the state, or
+    after both.
+    """
+    left = crash_at
+
+    def crash(point: str, alerts: object) -> None:
+        nonlocal left
+        if alerts and point == where:
+            left -= 1
+            if left == 0:
+                raise Crash
+
+    with Memory(folder / "state") as memory:
+        alerts = AlertFile(folder / "alerts.jsonl")
+        writers = [lambda new: crash("before", new), alerts.append, lambda new: crash("between", new)]
+        watch = Watch(trained, DEFAULT_RULES, memory, writers=writers, now=lambda: NOW_S)
+        try:
+            for lines in growing_file(folder / "stream.csv", memory.position, follow=False):
+                for at in range(0, len(lines.texts), 5):
+                    last = at + 5 >= len(lines.texts)
+                    crash("after", watch.take(Lines(lines.texts[at : at + 5], lines.position if last else "")))
+        except Crash:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("where", ["before", "between", "after"])
+def test_a_monitor_that_dies_anywhere_loses_and_repeats_no_alert(trained: Trained, tmp_path: Path, where: str) -> None:
+    rows = "\n".join(messy(waves(1, 100), 5)) + "\n"
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    (whole / "stream.csv").write_text(rows)
+    assert live(trained, whole)
+    expected = [alert["id"] for alert in alerts_in(whole / "alerts.jsonl")]
+    assert len(expected) > 5
+    with Memory(whole / "state") as memory:
+        secret = memory.secret  # ids can be compared only under one secret
+    for crash_at in range(1, len(expected)):
+        folder = tmp_path / str(crash_at)
+        folder.mkdir()
+        (folder / "stream.csv").write_text(rows)
+        with Memory(folder / "state") as memory:
+            memory._set("secret", secret.hex())
+        if live(trained, folder, crash_at, where):
+            break  # fewer batches than alerts
+        with (folder / "alerts.jsonl").open("ab") as handle:
+            handle.write(b'{"id": "cut o')  # the power went while it was written
+        assert live(trained, folder)
+        assert [alert["id"] for alert in alerts_in(folder / "alerts.jsonl")] == expected
+    assert crash_at > 3
+
+
+def test_a_growing_file_is_read_on_over_restarts_rotation_and_cut_lines(tmp_path: Path) -> None:
+    path = tmp_path / "s.csv"
+    path.write_text("one\ntw")
+    source = growing_file(path, follow=True, poll_s=0.0)
+    first = next(source)
+    assert first.texts == ["one"]
+    with path.open("a") as handle:
+        handle.write("o\nthree\n")
+    second = next(lines for lines in source if lines.texts)
+    assert second.texts == ["two", "three"]
+    again = growing_file(path, first.position, follow=False)
+    assert [text for lines in again for text in lines.texts] == ["two", "three"]
+    path.rename(tmp_path / "s.csv.1")
+    path.write_text("four\n")
+    assert next(lines for lines in source if lines.texts).texts == ["four"]
+    path.write_text("5\n")
+    assert next(lines for lines in source if lines.texts).texts == ["5"]
+    source.close()
+    with pytest.raises(StorageError, match="No such file"):
+        next(growing_file(tmp_path / "absent"))
+
+
+def test_standard_input_gives_whole_lines_and_drops_endless_ones() -> None:
+    read, write = os.pipe()
+    content = b"a,b,c\n" + b"y" * 200_000 + b"\nd,e,f\r\n\ng"
+    sender = Thread(
+        target=lambda: (os.write(write, content[:60_000]), os.write(write, content[60_000:]), os.close(write))
+    )
+    sender.start()
+    texts = [text for lines in standard_input(read) for text in lines.texts]
+    sender.join()
+    os.close(read)
+    assert [text.strip() for text in texts] == ["a,b,c", "\0", "d,e,f", "g"]
+
+
+def test_two_monitors_do_not_share_a_state_and_no_other_file_is_one(tmp_path: Path) -> None:
+    with Memory(tmp_path / "state"), pytest.raises(StorageError, match="another monitor"):
+        Memory(tmp_path / "state")
+    (tmp_path / "text").write_text("not a database, and long enough not to be empty" * 50)
+    with pytest.raises(StorageError, match="no state"):
+        Memory(tmp_path / "text")
+    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_state_names_nobody(trained: Trained, tmp_path: Path) -> None:
+    with Memory(tmp_path / "state") as memory:
+        Watch(trained, DEFAULT_RULES, memory, now=lambda: NOW_S).take(Lines(waves()))
+    assert b"P-0" not in (tmp_path / "state").read_bytes()
+
+
+# HTTP.
+
+
+def post(port: int, content: bytes, **headers: str) -> tuple[int, dict[str, object]]:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/", content, headers, method="POST")
+    try:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=30) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+def test_posts_are_answered_when_their_outcome_is_on_the_disk(trained: Trained, tmp_path: Path) -> None:
+    with Memory(tmp_path / "state") as memory, listening(0) as (port, posts):
+        alerts = AlertFile(tmp_path / "a.jsonl")
+        watch = Watch(trained, DEFAULT_RULES, memory, writers=[alerts.append], now=lambda: NOW_S)
+        found: list[tuple[int, dict[str, object]]] = []
+        content = f"P,{stamp(0)},60\nP,{stamp(5)},junk\n".encode()
+        for _ in range(2):
+            sender = Thread(target=lambda: found.append(post(port, content)))
+            sender.start()
+            watch.take(next(lines for lines in posts if lines.texts))
+            sender.join()
+        assert found == [(200, {"read": 1, "bad-row": 1}), (200, {"duplicate-reading": 1, "bad-row": 1})]
+        assert [alert["kind"] for alert in alerts_in(tmp_path / "a.jsonl")] == ["low"]
+        assert post(port, content, Origin="https://evil.example")[0] == 403
+        assert post(port, content, Host="evil.example")[0] == 403
+        assert post(port, b"x" * (MOST_BYTES + 1))[0] == 413
+
+
+# What is made of alerts.
+
+
+@pytest.fixture
+def some_alerts(trained: Trained) -> list:
+    watch = Watch(trained, DEFAULT_RULES, Memory(None), zone=ZoneInfo("Europe/Vienna"), now=lambda: NOW_S)
+    return watch.take(Lines(waves()))
+
+
+def test_fhir_resources_have_what_r4_requires(some_alerts: list, tmp_path: Path) -> None:
+    """The required elements, and the bindings of required strength, of R4's Observation and DetectedIssue."""
+    write_fhir(tmp_path, some_alerts)
+    assert len(list(tmp_path.iterdir())) == 2 * len(some_alerts)
+    for alert in some_alerts:
+        seen, issue = observation(alert), detected_issue(alert)
+        assert json.loads((tmp_path / f"Observation-{alert.id}.json").read_text()) == seen
+        assert (tmp_path / f"DetectedIssue-{alert.id}.json").stat().st_mode & 0o777 == 0o600
+        for resource, kind in ((seen, "Observation"), (issue, "DetectedIssue")):
+            assert resource["resourceType"] == kind
+            assert resource["status"] in {"registered", "preliminary", "final", "amended"}
+            assert 0 < len(resource["id"]) <= 64
+            assert resource["id"].isalnum()
+        coding = seen["code"]["coding"][0]
+        assert (coding["system"], coding["code"]) == ("http://loinc.org", "99504-3")
+        quantity = seen["valueQuantity"]
+        assert (quantity["system"], quantity["code"]) == ("http://unitsofmeasure.org", "mg/dL")
+        assert isinstance(quantity["value"], float)
+        assert datetime.fromisoformat(seen["effectiveDateTime"]).utcoffset() is not None
+        assert datetime.fromisoformat(issue["identifiedDateTime"]).utcoffset() is not None
+        assert issue["severity"] in {"high", "moderate", "low"}
+        assert issue["implicated"] == [{"reference": f"Observation/{seen['id']}"}]
+        assert seen["subject"] == issue["patient"] == {"identifier": {"value": alert.patient_id}}
+
+
+def test_the_screen_shows_the_most_urgent_first_and_survives_what_is_missing(trained: Trained) -> None:
+    rows = [f"calm,{stamp(5 * k)},120" if k % 2 else f"calm,{stamp(5 * k)},122" for k in range(40)]
+    rows += [f"falling,{stamp(5 * k)},{200 - 3.5 * k}" for k in range(40)] + [f"new,{stamp(0)},100"]
+    watch = watch_all(trained, rows)
+    console = Console(width=110, record=True, file=io.StringIO())
+    console.print(render(watch.sights, RULES, "counts", 40, NOW_S))
+    text = console.export_text()
+    assert text.index("falling") < text.index("calm")
+    assert "in range" in text
+    assert "no forecast" in text
+    assert "not reviewed" in text
+    assert "low now" in text  # within the refractory time of the alert that foretold it
+    assert sparkline([40.0, None, 300.0, 900.0, -5.0]) == "▁ ██▁"
+    console.print(render({}, RULES, "", 40, NOW_S))
+
+
+# One patient's own model, and the command.
+
+
+def test_a_personal_model_serves_one_patient_and_starts_no_run(tmp_path: Path) -> None:
+    path, salt = tmp_path / "mine.safetensors", bytes(range(32))
+    content = save_personal(TASK.build().state_dict())
+    path.write_bytes(content)
+    described = {
+        "task": TASK.name, "sha256": hashlib.sha256(content).hexdigest(), "personal": True, "salt": salt.hex(),
+        "patient": pseudonym(salt, PatientIdentity("", "P-1")).hex(),
+    }  # fmt: skip
+    path.with_suffix(".json").write_text(json.dumps(described))
+    watch = watch_all(load_trained(path, TASK.name, "forecast glucose"), waves())
+    assert (watch.fates[Fate.READ], watch.fates[Fate.OTHER_PATIENT]) == (120, 120)
+    with pytest.raises(StorageError, match="one patient"):
+        load_weights(path, TASK.build())
+    with pytest.raises(PlanError, match="does not score"):
+        load_trained(path, "nodule-classification", "score nodules")
+
+
+def monitor(*arguments: object, **options: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "client.cli", "monitor", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_the_command_survives_kill_9_and_says_nothing_of_patients(checkpoint: Path, tmp_path: Path) -> None:
+    stream, alerts, rows = tmp_path / "s.csv", tmp_path / "a.jsonl", waves(steps=60)
+    stream.write_text("\n".join(rows[:60]) + "\n")
+    first = monitor(checkpoint, "--from", stream, "--alerts", alerts)
+    try:
+        end = time.monotonic() + 60
+        while not (alerts.exists() and alerts.read_text()) and time.monotonic() < end:
+            time.sleep(0.05)
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.communicate()
+    before = alerts_in(alerts)
+    assert before
+    with stream.open("a") as handle:
+        handle.write("\n".join(rows[60:]) + "\n")
+    second = monitor(checkpoint, "--from", stream, "--alerts", alerts, "--once")
+    out, err = second.communicate(timeout=120)
+    assert second.returncode == 0, err
+    assert "P-" not in out + err
+    found = alerts_in(alerts)
+    assert found[: len(before)] == before
+    assert len({alert["id"] for alert in found}) == len(found) > len(before)
+
+    piped = monitor(checkpoint, "--from", "-", stdin=subprocess.PIPE)
+    out, err = piped.communicate("\n".join(rows), timeout=120)
+    whole = [json.loads(line) for line in out.splitlines()]
+    drop = {"id"}  # of another secret
+    assert [{k: v for k, v in a.items() if k not in drop} for a in whole] == [
+        {k: v for k, v in a.items() if k not in drop} for a in found
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--from", "http://0.0.0.0:80"], "this machine only"),
+        (["--from", "x", "--fhir", "f"], "--time-zone"),
+        (["--from", "x", "--time-zone", "Mars/Olympus"], "no such --time-zone"),
+        (["--from", "x", "--low", "200"], "--low"),
+        (["--from", "x", "--low-quantile", "0.01"], "quantile"),
+        (["--from", "absent.csv", "--once"], "absent.csv"),
+    ],
+)
+def test_what_cannot_be_watched_is_one_sentence(
+    arguments: list[str], said: str, checkpoint: Path, tmp_path: Path, monkeypatch, capfd
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", ["fedward-site", "monitor", str(checkpoint), *arguments])
+    try:
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    error = capfd.readouterr().err
+    assert end.value.code == 1
+    assert said in error
+    assert "Traceback" not in error
