@@ -94,9 +94,14 @@ def test_what_does_not_fit_is_one_sentence(
     assert len(members.all()) == 1
 
 
-def test_the_option_goes_before_the_key_and_unknown_sites_are_named(tmp_path: Path) -> None:
+def test_the_option_fills_in_for_the_key_and_must_not_contradict_it(tmp_path: Path) -> None:
     members = Members(tmp_path)
-    assert members.enrol(SiteKey("k", "h1", 5), None, 50).declared_patients == 50
+    with pytest.raises(ProtocolError, match="declares 5 patients, not 50"):
+        members.enrol(SiteKey("k", "h1", 5), None, 50)
+    assert members.enrol(SiteKey("k", "h1", None), None, 50).declared_patients == 50
+    with pytest.raises(ProtocolError, match="enrolled already|already"):
+        members.enrol(SiteKey("k", "h1", 5), None, None)
+    assert members.enrol(SiteKey("k3", "h3", 5), None, 5).declared_patients == 5
     with pytest.raises(ProtocolError, match="No site called h2"):
         members.revoke("h2")
 
