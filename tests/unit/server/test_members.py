@@ -99,7 +99,7 @@ def test_the_option_fills_in_for_the_key_and_must_not_contradict_it(tmp_path: Pa
     with pytest.raises(ProtocolError, match="declares 5 patients, not 50"):
         members.enrol(SiteKey("k", "h1", 5), None, 50)
     assert members.enrol(SiteKey("k", "h1", None), None, 50).declared_patients == 50
-    with pytest.raises(ProtocolError, match="enrolled already|already"):
+    with pytest.raises(ProtocolError, match="already"):
         members.enrol(SiteKey("k", "h1", 5), None, None)
     assert members.enrol(SiteKey("k3", "h3", 5), None, 5).declared_patients == 5
     with pytest.raises(ProtocolError, match="No site called h2"):
