@@ -174,6 +174,24 @@ def ledger(site: SiteFolder, as_json: AsJson = False) -> None:
     _say(f"{left} of max-epsilon {most} left, at max-delta {books['max_delta']:g}")
 
 
+@app.command(
+    epilog="Example:  fedward-site synthesise round-00040.safetensors --count 200 --label malignant --out synthetic"
+)
+def synthesise(
+    checkpoint: Annotated[Path, typer.Argument(help="Weights of a ct-synthesis run, with the JSON beside them.")],
+    out: Annotated[Path, typer.Option(help="New folder for PNG sheet, NumPy archive and DICOM files.")],
+    count: Annotated[int, typer.Option(min=1, help="How many images.")] = 96,
+    label: Annotated[str, typer.Option(help="'benign' or 'malignant'.")] = "malignant",
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Same seed, same images.")] = 0,
+) -> None:
+    """Draw synthetic nodules from a trained generator; every file says that it shows no patient."""
+    from client.synthesise import synthesise as draw
+
+    written = draw(checkpoint, count, label, out, seed)
+    for path in (written.sheet, written.arrays, written.dicom):
+        _say(str(path))
+
+
 @audit.command(name="verify", epilog="Example:  fedward-site audit verify H1")
 def audit_verify(site: SiteFolder, as_json: AsJson = False) -> None:
     """Check the audit log: edits, gaps, a cut end, and its agreement with the ledger. Exit code 1 if it is broken."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from client import cli
 from client.synthesise import load_generator, synthesise
 from shared.errors import PlanError, StorageError
 from shared.tasks.ct_synthesis import TASK
@@ -108,3 +109,15 @@ def test_a_changed_or_foreign_checkpoint_is_refused(checkpoint: Path, tmp_path: 
         synthesise(checkpoint, 1, "benign", tmp_path / "out")
     with pytest.raises(StorageError):
         synthesise(tmp_path / "none.safetensors", 1, "benign", tmp_path / "out")
+
+
+def test_the_hospitals_command_draws_what_the_function_draws(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["fedward-site", "synthesise", checkpoint, "--count", 2, "--seed", 4, "--out", tmp_path / "command"]
+    monkeypatch.setattr("sys.argv", [str(argument) for argument in arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code in (0, None)
+    expected = synthesise(checkpoint, 2, "malignant", tmp_path / "function", seed=4)
+    assert np.array_equal(np.load(tmp_path / "command" / "malignant.npz")["image"], np.load(expected.arrays)["image"])
