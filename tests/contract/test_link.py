@@ -352,8 +352,6 @@ def test_whatever_fails_leaves_as_a_code(aggregator, site):
     asked = {
         "internal": [aggregator.ask(node, content(do)) for do in ("raise", "exit")],
         "bad-message": [
-            aggregator.ask(node, content(), "train.elsewhere"),
-            aggregator.ask(node, content(), "query.patients"),
             aggregator.ask(node, content(weights=noise(14 * 2**20))),
             aggregator.ask(node, content(weights=unfolding)),
         ],

@@ -36,7 +36,7 @@ PATIENTS = 16
     [
         {},
         {"momentum": 0.9},
-        {"noise_multiplier": 0.05},
+        {"noise_multiplier": 0.6},
         {"optimizer": "adam", "learning_rate": 0.01},
         {"optimizer": "adam", "learning_rate": 0.01, "noise_multiplier": 0.0},
         {"strategy": "fedprox", "proximal_mu": 2.0},
