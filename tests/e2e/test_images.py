@@ -3,6 +3,7 @@
 import importlib.util
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def _rehearse(dockerfile, folder):
 
 @pytest.mark.parametrize("role", IMAGES)
 def test_the_linter_finds_nothing(role):
-    hadolint = shutil.which("hadolint")
+    hadolint = shutil.which("hadolint", path=Path(sys.executable).parent)
     if hadolint is None:
         pytest.skip("hadolint is not installed")
     done = subprocess.run([hadolint, DOCKER / f"{role}.Dockerfile"], check=False, capture_output=True, text=True)
