@@ -1,24 +1,22 @@
 """Draw images from a trained generator: sheet, arrays and DICOM files."""
 
-import hashlib
 import io
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 
 from client.imaging.synthetic import Origin, write_synthetic_series
+from client.trained import load_trained
 from shared.errors import PlanError, StorageError
 from shared.files import storage_errors, write_atomic
 from shared.images import grey_png, grid
 from shared.models.gan import ConditionalGan
 from shared.synthesis import CLASSES, GRID_COLUMNS, generated_patches
-from shared.tasks.ct_synthesis import TASK, build
+from shared.tasks.ct_synthesis import TASK
 
 MOST_IMAGES: Final = 100_000
 _ON_SHEET: Final = 8 * GRID_COLUMNS
@@ -77,29 +75,13 @@ def synthesise(checkpoint: Path, count: int, label: str, out: Path, seed: int = 
 
 def load_generator(checkpoint: Path, seed: int = 0) -> tuple[ConditionalGan, Origin]:
     """Return the model of a checkpoint and what its images' files say of it; raises as :func:`synthesise` does."""
-    sidecar = checkpoint.with_suffix(".json")
-    with storage_errors(sidecar):
-        text = sidecar.read_bytes()
-    with storage_errors(checkpoint):
-        content = checkpoint.read_bytes()
-    try:
-        described = json.loads(text)
-        task, run, sha256 = (str(described[name]) for name in ("task", "run", "sha256"))
-    except (ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{sidecar} does not describe a checkpoint. Copy it together with the weights.") from error
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise StorageError(f"The checkpoint {checkpoint} was changed after it was written. Copy it again.")
-    if task != TASK.name:
-        raise PlanError(f"A model of the task {task} draws no images; give one of {TASK.name}.")
-    model = build()
-    try:
-        model.load_state_dict(load(content))
-    except (SafetensorError, RuntimeError, ValueError) as error:
-        raise StorageError(f"{checkpoint} is no checkpoint of the task {task}.") from error
-    return model.eval(), Origin(f"{task}/{run}", sha256, _promise(described), seed)
+    trained = load_trained(checkpoint, TASK.name, f"draw images; give one of {TASK.name}")
+    run = trained.described.get("run", "unnamed")
+    origin = Origin(f"{TASK.name}/{run}", trained.sha256, _promise(trained.described), seed)
+    return cast(ConditionalGan, trained.model), origin
 
 
-def _promise(described: dict[str, Any]) -> str:
+def _promise(described: Mapping[str, Any]) -> str:
     epsilon, delta = described.get("epsilon"), described.get("delta")
     if isinstance(epsilon, int | float) and isinstance(delta, int | float):
         return f"differentially private for every patient, epsilon {epsilon:.4g} at delta {delta:.4g}"

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -24,11 +26,13 @@ class Trained:
         model: In evaluation mode.
         sha256: Of the weights file.
         owner: Salt and pseudonym of the one patient to whom it was fitted; None for everybody's model.
+        described: What the JSON beside the weights says.
     """
 
     model: nn.Module
     sha256: str
     owner: tuple[bytes, bytes] | None = None
+    described: Mapping[str, Any] = field(default_factory=dict)
 
     def fits(self, patient_id: str) -> bool:
         """Whether it may be used for this patient."""
@@ -70,7 +74,7 @@ def load_trained(checkpoint: Path, task_name: str, purpose: str) -> Trained:
         model.load_state_dict(load(content))
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise StorageError(f"{checkpoint} is no checkpoint of the task {name}.") from error
-    return Trained(model.eval(), str(sha256), owner)
+    return Trained(model.eval(), str(sha256), owner, described)
 
 
 def _owner(described: dict[str, object], *, personal: bool) -> tuple[bytes, bytes] | None:

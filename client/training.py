@@ -106,24 +106,24 @@ def train_round(
     def sampled() -> Tensor:
         return poisson_sample(len(patients), plan.sample_rate, randomness.uniform)
 
-    if not plan.private:
+    if plan.private:
+        step = PrivateStep(
+            model,
+            optimizer,
+            task.loss,
+            noise_multiplier=plan.noise_multiplier,
+            max_grad_norm=plan.max_grad_norm,
+            expected_patients=plan.sample_rate * declared_patients,
+            noise=randomness.noise,
+            engine=plan.engine,
+        )
+        for number in range(plan.local_steps):
+            step(padded_parts(sampled(), plan.records_per_patient, partial(draw, number)))
+        step.close()
+    else:
         ordinary = OrdinaryStep(model, optimizer, task.loss)
         for number in range(plan.local_steps):
             ordinary(draw(number, sampled()))
-        return pack(model)
-    step = PrivateStep(
-        model,
-        optimizer,
-        task.loss,
-        noise_multiplier=plan.noise_multiplier,
-        max_grad_norm=plan.max_grad_norm,
-        expected_patients=plan.sample_rate * declared_patients,
-        noise=randomness.noise,
-        engine=plan.engine,
-    )
-    for number in range(plan.local_steps):
-        step(padded_parts(sampled(), plan.records_per_patient, partial(draw, number)))
-    step.close()
     return pack(model)
 
 

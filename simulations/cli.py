@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from client.cli import synthesise
 from shared.errors import FederationError, StorageError
 from simulations import service_cli
 
@@ -177,22 +178,8 @@ def deal(
         _CONSOLE.print(str(folder), highlight=False, markup=False)
 
 
-@app.command(epilog=_SYNTHESISE_EXAMPLES)
-def synthesise(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="Weights of a ct-synthesis run; the JSON beside them is read too.")
-    ],
-    out: Annotated[Path, typer.Option(help="New folder for PNG sheet, NumPy archive and DICOM files.")],
-    count: Annotated[int, typer.Option(min=1, help="How many images.")] = 96,
-    label: Annotated[str, typer.Option(help="'benign' or 'malignant'.")] = "malignant",
-    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Same seed, same images.")] = 0,
-) -> None:
-    """Draw synthetic nodules from a trained generator; every file says that it shows no patient."""
-    from client.synthesise import synthesise as draw
-
-    written = draw(checkpoint, count, label, out, seed)
-    for path in (written.sheet, written.arrays, written.dicom):
-        _CONSOLE.print(str(path), highlight=False, markup=False, soft_wrap=True)
+# The same command as a hospital's; only the example differs.
+app.command(epilog=_SYNTHESISE_EXAMPLES)(synthesise)
 
 
 @app.command()

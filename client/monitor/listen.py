@@ -10,6 +10,7 @@ kept out: a request with an Origin, or for another host than loopback, is refuse
 
 import json
 import queue
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +25,8 @@ MOST_BYTES: Final = 1 << 20
 _WAITING: Final = 64
 _ANSWER_S: Final = 60.0
 _IDLE_S: Final = 10.0
+_DRAINED_CHUNKS: Final = 1024
+"""Reads of a refused body, so that nobody keeps a thread busy for ever."""
 _HOSTS: Final = (LOOPBACK, "localhost", "[::1]")
 
 
@@ -36,11 +39,11 @@ class _Poster(BaseHTTPRequestHandler):
         host = self.headers.get("Host", "").rsplit(":", 1)[0]
         length = self.headers.get("Content-Length", "")
         if host not in _HOSTS or "Origin" in self.headers:
-            self._answer(403, {"error": "loopback only"})
+            self._refuse(403, "loopback only")
         elif not length.isdecimal():
-            self._answer(411, {"error": "no length"})
+            self._refuse(411, "no length")
         elif int(length) > MOST_BYTES:
-            self._answer(413, {"error": f"at most {MOST_BYTES} bytes"})
+            self._refuse(413, f"at most {MOST_BYTES} bytes")
         else:
             self._hand_on(self.rfile.read(int(length)))
 
@@ -51,6 +54,14 @@ class _Poster(BaseHTTPRequestHandler):
             self._answer(200, answer.get(timeout=_ANSWER_S))
         except (queue.Full, queue.Empty):
             self._answer(503, {"error": "busy; send again"})
+
+    def _refuse(self, status: int, why: str) -> None:
+        """Answer, and let the sender finish: closed while it writes, it would see a broken pipe and not the answer."""
+        self._answer(status, {"error": why})
+        self.connection.shutdown(socket.SHUT_WR)
+        for _ in range(_DRAINED_CHUNKS):
+            if not self.rfile.read1(MOST_BYTES):
+                break
 
     def _answer(self, status: int, facts: dict[str, Any]) -> None:
         content = json.dumps(facts).encode() + b"\n"

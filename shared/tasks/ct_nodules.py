@@ -12,7 +12,13 @@ A patch is wider than the 28×28 the network sees by ``MARGIN_PX`` on each side,
 need no padding.
 """
 
+from dataclasses import dataclass
 from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.records import RecordStore
 
 STORE_KIND: Final = "ct-nodules"
 SPACING_MM: Final = 1.0
@@ -25,3 +31,19 @@ SLICE_OFFSETS_MM: Final = (-2.0, 0.0, 2.0)
 VENDORS: Final = ("GE", "Siemens", "Philips", "Toshiba", "other")
 UNDECIDED_MALIGNANCY: Final = 3
 """Readers' median that says neither benign nor malignant; such nodules are left out, as is usual for LIDC."""
+
+
+@dataclass(frozen=True)
+class StoredPatients:
+    """Who is in a store of this kind; the tasks say what is drawn from them."""
+
+    store: RecordStore
+
+    def __len__(self) -> int:
+        """Return the number of patients."""
+        return len(self.store)
+
+    @property
+    def keys(self) -> npt.NDArray[np.uint8]:
+        """The patients' pseudonyms ``(N, 16)``."""
+        return self.store.keys

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any, Final, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
@@ -47,7 +46,7 @@ from shared.synthesis import (
     train_classifier,
 )
 from shared.tasks.base import Batch, Evaluation, Task
-from shared.tasks.ct_nodules import STORE_KIND, STORED_PX
+from shared.tasks.ct_nodules import STORE_KIND, STORED_PX, StoredPatients
 from shared.tasks.nodule_classification import judge_nodules
 from shared.tasks.sampling import draw_records
 
@@ -62,19 +61,8 @@ _EVALUATION_SEED: Final = 20
 
 
 @dataclass(frozen=True)
-class SynthesisPatients:
+class SynthesisPatients(StoredPatients):
     """Patients of a ``ct-nodules`` store, each record with the latent vector of a generated companion."""
-
-    store: RecordStore
-
-    def __len__(self) -> int:
-        """Return the number of patients."""
-        return len(self.store)
-
-    @property
-    def keys(self) -> npt.NDArray[np.uint8]:
-        """The patients' pseudonyms ``(N, 16)``."""
-        return self.store.keys
 
     def draw(self, patients: Tensor, records_per_patient: int, generator: Generator) -> Batch:
         """Draw patches ``(B, K, 32, 32)``, labels ``(B, K)`` and latents ``(B, K, Z)``."""

@@ -17,7 +17,7 @@ from shared.metrics import binary_metrics, bootstrap_auroc, classification_curve
 from shared.models.cnn import LungCTNet
 from shared.records import RecordStore
 from shared.tasks.base import Batch, Evaluation, Task
-from shared.tasks.ct_nodules import MARGIN_PX, PATCH_PX, STORE_KIND, VENDORS
+from shared.tasks.ct_nodules import MARGIN_PX, PATCH_PX, STORE_KIND, VENDORS, StoredPatients
 from shared.tasks.sampling import draw_records
 
 _BRIGHTNESS_SD = 0.05
@@ -26,19 +26,8 @@ _EVALUATION_BATCH = 512
 
 
 @dataclass(frozen=True)
-class NodulePatients:
+class NodulePatients(StoredPatients):
     """Patients of a ``ct-nodules`` store, with augmentation."""
-
-    store: RecordStore
-
-    def __len__(self) -> int:
-        """Return the number of patients."""
-        return len(self.store)
-
-    @property
-    def keys(self) -> npt.NDArray[np.uint8]:
-        """The patients' pseudonyms ``(N, 16)``."""
-        return self.store.keys
 
     def draw(self, patients: Tensor, records_per_patient: int, generator: Generator) -> Batch:
         """Draw patches ``(B, K, 1, 28, 28)`` and labels ``(B, K)``, each patch augmented by itself."""

@@ -102,7 +102,7 @@ def test_a_wrong_request_is_refused_in_words(checkpoint: Path, tmp_path: Path) -
 def test_a_changed_or_foreign_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     described = json.loads(checkpoint.with_suffix(".json").read_text())
     checkpoint.with_suffix(".json").write_text(json.dumps({**described, "task": "nodule-classification"}))
-    with pytest.raises(PlanError, match="draws no images"):
+    with pytest.raises(PlanError, match="does not draw images"):
         synthesise(checkpoint, 1, "benign", tmp_path / "out")
     checkpoint.write_bytes(checkpoint.read_bytes()[:-4])
     with pytest.raises(StorageError, match="was changed"):
