@@ -132,8 +132,11 @@ _MARKS = ("<!-- bench -->", "<!-- end of bench -->")
 ENGINES = ("nonprivate", "opacus", "opacus-ghost", "bookkeeping")
 
 
-def measure(models: Sequence[str], batch: int | None, repeats: int) -> list[Measurement]:
+def measure(models: Sequence[str], batch: int | None, repeats: int, *, keep_freed: bool = False) -> list[Measurement]:
     """Measure every engine on the chosen models, at ``batch`` or at each model's own batch sizes.
+
+    With ``keep_freed``, this process keeps freed memory from now on, as one that trains does; else every engine runs
+    on the C library as it comes.
 
     Raises:
         PlanError: If a model is not known.
@@ -143,12 +146,13 @@ def measure(models: Sequence[str], batch: int | None, repeats: int) -> list[Meas
     rows = []
     for model in models:
         for size in (batch,) if batch else CASES[model].batches:
-            rows += _measure_case(model, size, repeats)
+            rows += _measure_case(model, size, repeats, keep_freed=keep_freed)
     return rows
 
 
-def _measure_case(model: str, batch: int, repeats: int) -> list[Measurement]:
-    keep_freed_memory()  # for every engine, as in training
+def _measure_case(model: str, batch: int, repeats: int, *, keep_freed: bool) -> list[Measurement]:
+    if keep_freed:
+        keep_freed_memory()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -158,7 +162,8 @@ def _measure_case(model: str, batch: int, repeats: int) -> list[Measurement]:
         torch.set_num_threads(threads)
     fastest = min(layouts, key=lambda name: median(times[name]))
     times["nonprivate"] = times[fastest]
-    memory = {name: _peak_mib(fastest if name == "nonprivate" else name, model, batch) for name in ENGINES}
+    engines = {name: fastest if name == "nonprivate" else name for name in ENGINES}
+    memory = {name: _peak_mib(engine, model, batch, keep_freed) for name, engine in engines.items()}
     ordinary = median(times["nonprivate"])
     opacus = min(median(times["opacus"]), median(times["opacus-ghost"]))
     return [
@@ -194,15 +199,16 @@ def _spread(times: Sequence[float]) -> float:
     return high - low
 
 
-def _peak_mib(engine: str, model: str, batch: int) -> float:
+def _peak_mib(engine: str, model: str, batch: int, keep_freed: bool) -> float:
     """Return how much a fresh process grows by taking steps, over one that took steps of two patients."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_growth, engine, model, batch).result()
+        return pool.submit(_growth, engine, model, batch, keep_freed).result()
 
 
-def _growth(engine: str, model: str, batch: int) -> float:
-    keep_freed_memory()
+def _growth(engine: str, model: str, batch: int, keep_freed: bool) -> float:
+    if keep_freed:
+        keep_freed_memory()
     torch.set_num_threads(1)
     _step(engine, model, 2)()
     before = _peak_kib()

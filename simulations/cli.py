@@ -189,6 +189,9 @@ def bench(
     ] = "all",
     batch: Annotated[int | None, typer.Option(min=2, help="Patients a step. Default: each model's own sizes.")] = None,
     repeats: Annotated[int, typer.Option(min=4, help="Steps of each engine.")] = 30,
+    keep_freed_memory: Annotated[
+        bool, typer.Option("--keep-freed-memory", help="Let the process keep freed memory, as training does.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
     into: Annotated[Path | None, typer.Option(help="Put the table into this document, between its marks.")] = None,
 ) -> None:
@@ -198,7 +201,7 @@ def bench(
     from shared.files import write_atomic
     from simulations.benchmark import CASES, as_json, as_markdown, document, measure
 
-    rows = measure(list(CASES) if models == "all" else models.split(","), batch, repeats)
+    rows = measure(list(CASES) if models == "all" else models.split(","), batch, repeats, keep_freed=keep_freed_memory)
     table = as_markdown(rows)
     _CONSOLE.print(table, highlight=False, markup=False, soft_wrap=True)
     if json_file:

@@ -1,10 +1,10 @@
 """Book-keeping for convolutions in one, two and three dimensions, and the transposed one in two.
 
 A convolution is a linear layer over its unfolding: one position per output pixel, whose input is the receptive
-field. The unfolding (:mod:`shared.dp.unfolding`) comes in chunks that fit the cache; so
-memory is bounded whatever the image's size. Where the Gram product is cheaper (small maps, many channels) each
-patient's norm comes from it, and the clipped sum from torch's own weight gradient of the scaled output gradient;
-else each patient's gradient is formed, and the clipped sum is one vector-matrix product.
+field. Where the Gram product is cheaper (small maps, many channels) each patient's norm comes from it
+(:mod:`shared.dp.field_grams`), and the clipped sum from torch's own weight gradient of the scaled output gradient;
+else each patient's gradient is formed from the unfolding (:mod:`shared.dp.unfolding`), and the clipped sum is one
+vector-matrix product. Both come in chunks that fit the cache, so memory is bounded whatever the image's size.
 """
 
 from functools import partial
@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shared.dp.tape import Contribution, Tape, Weighted, gram_is_cheaper, gram_norm, square_norm
-from shared.dp.unfolding import Convolution, Geometry, Layout, Unfolding, unfold
+from shared.dp.field_grams import axes, field_norms
+from shared.dp.tape import Contribution, Tape, gram_is_cheaper, square_norm
+from shared.dp.unfolding import Convolution, Geometry, Layout, Unfolding, padded, unfold
 
 _aten = torch.ops.aten
-_IMAGE_DIMENSIONS = 4
+IMAGE_DIMENSIONS = 4
 _FEW_CHANNELS = 8
+_Parameters = tuple[nn.Parameter, nn.Parameter | None]
 
 
 def supports(module: Convolution) -> bool:
@@ -33,7 +35,7 @@ def convolution(module: Convolution, tape: Tape, inputs: Tensor) -> Tensor:
 
     Images go on in channels-last layout: the unfolding copies long runs then, and torch's kernels are faster too.
     """
-    if inputs.dim() == _IMAGE_DIMENSIONS:
+    if inputs.dim() == IMAGE_DIMENSIONS:
         inputs = channels_last(inputs)
     output: Tensor = _Convolution.apply(inputs, module.weight, module.bias, Geometry.of(module), tape)  # type: ignore[no-untyped-call]
     return output
@@ -78,58 +80,67 @@ def _arguments(geometry: Geometry) -> tuple[Any, ...]:
 
 
 def _contribution(
-    parameters: tuple[nn.Parameter, nn.Parameter | None],
-    geometry: Geometry,
-    inputs: Tensor,
-    output_gradient: Tensor,
-    tape: Tape,
+    parameters: _Parameters, geometry: Geometry, inputs: Tensor, output_gradient: Tensor, tape: Tape
 ) -> Contribution:
-    (weight, bias), patients = parameters, tape.patients
+    weight = parameters[0]
     # Transposed, the roles swap: the weight gradient correlates the output gradient with the input.
     wide, narrow = (output_gradient, inputs) if geometry.transposed else (inputs, output_gradient)
-    positions = narrow[0, 0].numel() * (len(inputs) // patients)
-    outputs = weight.shape[0] // geometry.groups
-    gram = geometry.groups == 1 and gram_is_cheaper(positions, weight[0].numel(), outputs)
-    layout = Layout.POSITIONS if gram else _layout(geometry, wide.shape[1] // geometry.groups)
-    ones = bias is not None and not geometry.transposed and not gram and layout is not Layout.LINES
+    positions = narrow[0, 0].numel() * (len(inputs) // tape.patients)
+    if geometry.groups == 1 and gram_is_cheaper(positions, weight[0].numel(), weight.shape[0]):
+        norms = _norms_by_grams(parameters, geometry, wide, narrow, tape)
+        gradient_of_sum = partial(_gradient_of_sum, parameters, geometry, inputs, output_gradient)
+        return Contribution(tuple(p for p in parameters if p is not None), norms, gradient_of_sum)
+    return _formed(parameters, geometry, wide, narrow, tape)
+
+
+def _norms_by_grams(parameters: _Parameters, geometry: Geometry, wide: Tensor, narrow: Tensor, tape: Tape) -> Tensor:
+    out, biased = narrow.shape[2:], parameters[1] is not None
+    of_outputs = narrow.movedim(1, -1).reshape(tape.patients, -1, narrow.shape[1])
+    fields, bias = padded(wide, out, geometry, tape), biased and not geometry.transposed
+    norms = field_norms(fields, of_outputs, axes(geometry, out), bias=bias)
+    return norms + square_norm(_summed_positions(wide, tape)) if biased and geometry.transposed else norms
+
+
+def _gradient_of_sum(
+    parameters: _Parameters, geometry: Geometry, inputs: Tensor, output_gradient: Tensor, coefficients: Tensor
+) -> tuple[Tensor, ...]:
+    """Return the gradients of the coefficients' sum, by torch's own kernel."""
+    weight, bias = parameters
+    by_record = coefficients.repeat_interleave(len(inputs) // len(coefficients))
+    scaled = output_gradient * by_record.view(-1, *[1] * (inputs.dim() - 1))
+    wanted = [False, True, bias is not None]
+    sizes = None if bias is None else list(bias.shape)
+    gradients = _aten.convolution_backward(scaled, inputs, weight, sizes, *_arguments(geometry), wanted)
+    return tuple(gradients[1:] if bias is not None else gradients[1:2])
+
+
+def _formed(parameters: _Parameters, geometry: Geometry, wide: Tensor, narrow: Tensor, tape: Tape) -> Contribution:
+    (weight, bias), patients, groups = parameters, tape.patients, geometry.groups
+    layout = _layout(geometry, wide.shape[1] // groups)
+    ones = bias is not None and not geometry.transposed and layout is not Layout.LINES
     unfolding = unfold(wide, narrow.shape[2:], geometry, patients, tape, layout, ones)
-    g = narrow.movedim(1, -1).reshape(patients, -1, unfolding.positions, geometry.groups, outputs).movedim(3, 1)
-    if gram:
-        norms = _gram_norms(unfolding, g)
-        weighted: Weighted = partial(_scaled_gradient, weight, geometry, inputs, output_gradient)
-    else:
-        gradients = patient_gradients(unfolding, g, tape, weight)
-        norms = torch.linalg.vector_norm(gradients.flatten(2), dim=2).square().sum(0)
-        weighted = partial(_summed, gradients, unfolding.fields_first(outputs), weight)
+    outputs = weight.shape[0] // groups
+    g = narrow.movedim(1, -1).reshape(patients, -1, unfolding.positions, groups, outputs).movedim(3, 1)
+    gradients = patient_gradients(unfolding, g, tape, weight)
+    norms = torch.linalg.vector_norm(gradients.flatten(2), dim=2).square().sum(0)
+    weighted = partial(_summed, gradients, unfolding.fields_first(outputs), weight)
     if bias is None:
         return Contribution((weight,), norms, lambda c: weighted(c)[:1])
     if ones:
         return Contribution((weight, bias), norms, weighted)
-    of_bias = output_gradient.movedim(1, -1).reshape(patients, -1, output_gradient.shape[1]).sum(1)
+    of_bias = _summed_positions(wide if geometry.transposed else narrow, tape)
     return Contribution((weight, bias), norms + square_norm(of_bias), lambda c: (weighted(c)[0], c @ of_bias))
+
+
+def _summed_positions(output_gradient: Tensor, tape: Tape) -> Tensor:
+    """Return each patient's gradient of the bias, ``(B, C)``."""
+    return output_gradient.movedim(1, -1).reshape(tape.patients, -1, output_gradient.shape[1]).sum(1)
 
 
 def _layout(geometry: Geometry, channels: int) -> Layout:
     if channels < _FEW_CHANNELS:
         return Layout.FIELDS
     return Layout.LINES if geometry.stride[0] == 1 and geometry.kernel[0] > 1 else Layout.POSITIONS
-
-
-def _gram_norms(unfolding: Unfolding, g: Tensor) -> Tensor:
-    parts = g[:, 0, 0].split(unfolding.patients_at_once)
-    return torch.cat([gram_norm(x[:, 0, 0], part) for x, part in zip(unfolding.chunks(), parts, strict=True)])
-
-
-def _scaled_gradient(
-    weight: Tensor, geometry: Geometry, inputs: Tensor, output_gradient: Tensor, coefficients: Tensor
-) -> tuple[Tensor, ...]:
-    """Return the weight's gradient of the coefficients' sum, by torch's own kernel."""
-    by_record = coefficients.repeat_interleave(len(inputs) // len(coefficients))
-    scaled = output_gradient * by_record.view(-1, *[1] * (inputs.dim() - 1))
-    gradient: Tensor = _aten.convolution_backward(
-        scaled, inputs, weight, None, *_arguments(geometry), [False, True, False]
-    )[1]
-    return (gradient,)
 
 
 def patient_gradients(unfolding: Unfolding, g: Tensor, tape: Tape, weight: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from shared.dp import convolution, fallback, linear, normalisation, recurrent
 from shared.dp.clipping import clip_coefficients
@@ -51,7 +52,7 @@ class BookKeeping:
         self._model = model
         self._tape = Tape()
         self._attached: list[nn.Module] = []
-        self._hooks: list[fallback.Sampled] = []
+        self._hooks: list[fallback.Sampled | RemovableHandle] = []
         self._parameters = {p for p in model.parameters() if p.requires_grad}
         _refuse_shared(model)
         for kernel in _image_kernels(model):
@@ -60,6 +61,8 @@ class BookKeeping:
             own = [p for p in module.parameters(recurse=False) if p.requires_grad]
             if own:
                 self._attach(name, module)
+            elif isinstance(module, nn.Flatten):
+                self._hooks.append(module.register_forward_pre_hook(_keep_layout))
 
     def clipped_sum(self, losses: Tensor, bound: float, real: int) -> Tensor:
         """Run the backward pass of ``losses`` ``(B,)`` and set ``grad`` to the first ``real`` patients' clipped sum.
@@ -115,6 +118,13 @@ def _image_kernels(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             yield cast(nn.Parameter, module.weight)
+
+
+def _keep_layout(_flatten: nn.Module, inputs: tuple[Tensor]) -> None:
+    """Have the gradient of flattened images come back as these lie: mixed layouts slow every layer before."""
+    (images,) = inputs
+    if images.requires_grad and images.dim() == convolution.IMAGE_DIMENSIONS:
+        images.register_hook(convolution.channels_last)
 
 
 def _refuse_shared(model: nn.Module) -> None:

@@ -5,7 +5,7 @@ that fits the cache. There are three ways to lay it out, each the fastest somewh
 
 | layout | a matrix | for |
 | --- | --- | --- |
-| ``POSITIONS`` | positions × fields: a row is one receptive field | Gram products, strides |
+| ``POSITIONS`` | positions × fields: a row is one receptive field | strides |
 | ``FIELDS`` | fields × positions: a row is one tap of the kernel everywhere | few channels: memory's runs are long |
 | ``LINES`` | positions × fields of one line of the kernel; other lines see it shifted | the rest: a third to copy |
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from shared.dp.tape import Tape
 
-_CHUNK_FLOATS = 1 << 18
+CHUNK_FLOATS = 1 << 18
 """Floats of an unfolding handled at once: one MiB, which stays in the second-level cache."""
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d
 
@@ -137,8 +137,8 @@ def unfold(
         ones: Whether a field of ones comes last.
     """
     groups, records, channels = geometry.groups, len(tensor) // patients, tensor.shape[1] // geometry.groups
-    padded = _padded(tensor, out, geometry, tape)
-    record, *lines, pixel = padded.stride()
+    wide = padded(tensor, out, geometry, tape)
+    record, *lines, pixel = wide.stride()
     stops = [line * stride for line, stride in zip(lines, geometry.stride, strict=True)]
     taps = [line * dilation for line, dilation in zip(lines, geometry.dilation, strict=True)]
     shifts: tuple[int, ...] = (0,)
@@ -146,15 +146,15 @@ def unfold(
     if layout is Layout.LINES:
         a_line = math.prod(out[1:])
         shifts = tuple(geometry.dilation[0] * line * a_line for line in range(kernel[0]))
-        seen, kernel, taps = (padded.shape[1], *out[1:]), kernel[1:], taps[1:]
+        seen, kernel, taps = (wide.shape[1], *out[1:]), kernel[1:], taps[1:]
     where = (records, *seen), (record, *stops)
     what = (*kernel, channels), (*taps, pixel)
     first, last = (what, where) if layout is Layout.FIELDS else (where, what)
-    view = padded.as_strided(
+    view = wide.as_strided(
         (patients, groups, *first[0], *last[0]), (records * record, channels * pixel, *first[1], *last[1])
     )
     fields, positions = math.prod(what[0]) + ones, math.prod(where[0])
-    at_once = min(patients, max(1, _CHUNK_FLOATS // (positions * fields * groups)))
+    at_once = min(patients, max(1, CHUNK_FLOATS // (positions * fields * groups)))
     if layout is Layout.FIELDS:
         buffer = tape.workspace((at_once, groups, 1, fields, positions), tensor)
     elif layout is Layout.LINES:
@@ -167,7 +167,7 @@ def unfold(
     return Unfolding(layout, view, buffer, shifts, joined, ones)
 
 
-def _padded(tensor: Tensor, out: tuple[int, ...], geometry: Geometry, tape: Tape) -> Tensor:
+def padded(tensor: Tensor, out: tuple[int, ...], geometry: Geometry, tape: Tape) -> Tensor:
     """Return the tensor channels-last, ``(N, ..., C)``, with its border of zeros."""
     spatial, channels = tensor.shape[2:], tensor.shape[1]
     # The last receptive field may not reach the far edge, or reach past it by output padding.
@@ -182,7 +182,7 @@ def _padded(tensor: Tensor, out: tuple[int, ...], geometry: Geometry, tape: Tape
         return moved.contiguous()
     # The border is zero from the start and never written; the inside is written anew by every layer that shares it.
     shape = (len(tensor), *needed, channels)
-    padded = tape.scratch(("padded", shape, spatial, geometry.padding), shape, tensor)
+    result = tape.scratch(("padded", shape, spatial, geometry.padding), shape, tensor)
     inner = tuple(slice(p, p + s) for p, s in zip(geometry.padding, spatial, strict=True))
-    padded[(slice(None), *inner)] = moved
-    return padded
+    result[(slice(None), *inner)] = moved
+    return result

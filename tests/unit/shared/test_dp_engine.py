@@ -42,11 +42,19 @@ CASES: dict[str, tuple[Build, tuple[int, ...]]] = {
     "conv2d grouped": (seq(nn.Conv2d(4, 6, 3, groups=2), nn.Tanh(), nn.Conv2d(6, 6, 2, groups=6)), (4, 6, 6)),
     "conv2d same": (seq(nn.Conv2d(1, 2, 3, padding="same"), nn.Conv2d(2, 2, 1, padding="valid")), (1, 5, 5)),
     "conv2d deep": (seq(nn.Conv2d(16, 20, 3, padding=1)), (16, 2, 2)),  # the Gram product is cheaper
+    "conv2d deep without bias": (seq(nn.Conv2d(16, 20, 4, stride=2, padding=1, bias=False)), (16, 4, 6)),
+    "conv2d deep, blocks of a pixel": (seq(nn.Conv2d(16, 20, 3, stride=2, padding=1)), (16, 4, 5)),
+    "conv2d deep, blocks of two": (seq(nn.Conv2d(16, 20, (6, 3), stride=(4, 1), padding=(3, 1))), (16, 4, 3)),
+    "conv2d deep, no overlap": (seq(nn.Conv2d(32, 20, (1, 2), stride=(2, 3))), (32, 3, 5)),
+    "conv2d deep dilated": (seq(nn.Conv2d(16, 20, 3, dilation=2, padding=2)), (16, 3, 3)),
+    "conv1d deep": (seq(nn.Conv1d(16, 20, 3, padding=1)), (16, 3)),
+    "conv3d deep": (seq(nn.Conv3d(16, 20, 2, padding=1)), (16, 1, 1, 1)),
     "conv3d": (seq(nn.Conv3d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv3d(2, 3, 2, stride=2)), (1, 4, 5, 4)),
     "transposed": (seq(nn.ConvTranspose2d(3, 2, 3, stride=2, padding=1, output_padding=1)), (3, 4, 4)),
     "transposed 2x2": (seq(nn.ConvTranspose2d(4, 3, 2, stride=2, bias=False)), (4, 3, 3)),
     "transposed grouped": (seq(nn.ConvTranspose2d(4, 6, 3, groups=2, dilation=2)), (4, 4, 4)),
     "transposed deep": (seq(nn.ConvTranspose2d(24, 16, 2, stride=2)), (24, 2, 2)),
+    "transposed deep overlapping": (seq(nn.ConvTranspose2d(24, 16, 4, stride=2, padding=1)), (24, 2, 3)),
     "group norm": (seq(nn.Conv2d(1, 6, 3), nn.GroupNorm(3, 6), nn.ReLU(), nn.Conv2d(6, 2, 3)), (1, 7, 7)),
     "layer norm": (seq(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 2)), (3, 4)),
     "layer norm 2d": (seq(nn.LayerNorm((3, 4), bias=False), nn.Flatten(), nn.Linear(12, 2)), (3, 4)),
@@ -291,7 +299,8 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
         build, shape = CASES[case]
         whole, _ = by_engine(make(build), data(shape, 5, 2), 0.05)
         with monkeypatch.context() as patched:
-            patched.setattr("shared.dp.unfolding._CHUNK_FLOATS", 1)
+            for module in ("unfolding", "field_grams"):
+                patched.setattr(f"shared.dp.{module}.CHUNK_FLOATS", 1)
             parts, _ = by_engine(make(build), data(shape, 5, 2), 0.05)
         for a, b in zip(whole, parts, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
