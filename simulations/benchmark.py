@@ -182,12 +182,14 @@ def _measure_case(model: str, batch: int, repeats: int, *, keep_freed: bool) -> 
 
 
 def _interleave(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
+    """Time the steps in turns. In training a step follows its like, whose data are in the caches: so it does here."""
     for step in steps.values():
         for _ in range(_WARM_UP):
             step()
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
+            step()
             began = time.process_time()
             step()
             times[name].append(time.process_time() - began)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.dp.scans import gru_backward, gru_forward, lstm_backward, lstm_forward
+from shared.dp.scans import Memory, gru_backward, gru_forward, lstm_backward, lstm_forward
 from shared.dp.tape import Contribution, Tape, gram, gram_is_cheaper, gram_norm, norm_of_grams, square_norm
 from shared.errors import FederationError
 
@@ -64,9 +64,9 @@ class _LSTM(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, mask: Tensor | None, *arguments: Any) -> Tensor:
         w_ih, w_hh, b_ih, b_hh, tape = arguments
-        steps = _steps(mask, inputs)
-        gates = _project(inputs, w_ih, None if b_ih is None else b_ih + b_hh)
-        hiddens, *rest = lstm_forward(gates, w_hh, steps)
+        steps, memory = _steps(mask, inputs), _memory(tape, w_hh)
+        gates = _project(inputs, w_ih, None if b_ih is None else b_ih + b_hh, memory)
+        hiddens, *rest = lstm_forward(gates, w_hh, steps, memory)
         ctx.tape, ctx.parameters, ctx.mask = tape, (w_ih, w_hh, b_ih, b_hh), steps
         ctx.save_for_backward(inputs, w_ih, w_hh, hiddens, *rest)
         return hiddens.transpose(0, 1)
@@ -74,8 +74,9 @@ class _LSTM(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, w_ih, w_hh, hiddens, cells, squashed, activations = ctx.saved_tensors
-        gates = lstm_backward(output_gradient.transpose(0, 1), cells, squashed, activations, w_hh, ctx.mask)
-        ctx.tape.add(_one_sided(ctx.parameters, inputs.transpose(0, 1), hiddens, gates, ctx.tape.patients))
+        of_outputs, memory = output_gradient.transpose(0, 1), _memory(ctx.tape, w_hh)
+        gates = lstm_backward(of_outputs, cells, squashed, activations, w_hh, ctx.mask, memory)
+        ctx.tape.add(_one_sided(ctx.parameters, inputs.transpose(0, 1), hiddens, gates, ctx.tape.patients, memory))
         return _input_gradient(ctx, gates, w_ih), *[None] * 6
 
 
@@ -83,8 +84,8 @@ class _GRU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, mask: Tensor | None, *arguments: Any) -> Tensor:
         w_ih, w_hh, b_ih, b_hh, tape = arguments
-        steps = _steps(mask, inputs)
-        hiddens, *rest = gru_forward(_project(inputs, w_ih, b_ih), w_hh, b_hh, steps)
+        steps, memory = _steps(mask, inputs), _memory(tape, w_hh)
+        hiddens, *rest = gru_forward(_project(inputs, w_ih, b_ih, memory), w_hh, b_hh, steps, memory)
         ctx.tape, ctx.parameters, ctx.mask = tape, (w_ih, w_hh, b_ih, b_hh), steps
         ctx.save_for_backward(inputs, w_ih, w_hh, hiddens, *rest)
         return hiddens.transpose(0, 1)
@@ -92,11 +93,10 @@ class _GRU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, w_ih, w_hh, hiddens, activations, candidates = ctx.saved_tensors
-        of_outputs = output_gradient.transpose(0, 1)
-        hidden_side, of_candidates = gru_backward(of_outputs, hiddens, activations, candidates, w_hh, ctx.mask)
-        ctx.tape.add(
-            _two_sided(ctx.parameters, inputs.transpose(0, 1), hiddens, hidden_side, of_candidates, ctx.tape.patients)
-        )
+        of_outputs, memory = output_gradient.transpose(0, 1), _memory(ctx.tape, w_hh)
+        gates = gru_backward(of_outputs, hiddens, activations, candidates, w_hh, ctx.mask, memory)
+        hidden_side, of_candidates = gates
+        ctx.tape.add(_two_sided(ctx.parameters, inputs.transpose(0, 1), hiddens, gates, ctx.tape.patients, memory))
         if not ctx.needs_input_grad[0]:
             return None, *[None] * 6
         shared = hidden_side.shape[-1] - of_candidates.shape[-1]
@@ -109,9 +109,20 @@ def _steps(mask: Tensor | None, inputs: Tensor) -> Tensor | None:
     return None if mask is None else mask.t().to(inputs.dtype)[..., None]
 
 
-def _project(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _memory(tape: Tape, weight: Tensor) -> Memory:
+    """Return the layer's memory. What leaves the layer must not lie there: the next pass overwrites it."""
+    return lambda name, shape: tape.scratch((name, id(weight)), shape, weight)
+
+
+def _project(inputs: Tensor, weight: Tensor, bias: Tensor | None, memory: Memory) -> Tensor:
     """Return the input side of all gates ``(T, N, kH)`` at once."""
-    return F.linear(inputs.transpose(0, 1), weight, bias)
+    records, steps, _ = inputs.shape
+    gates, offset = (
+        memory("gates", (steps, records, len(weight))),
+        weight.new_zeros(len(weight)) if bias is None else bias,
+    )
+    torch.addmm(offset, inputs.transpose(0, 1).flatten(0, 1), weight.t(), out=gates.flatten(0, 1))
+    return gates
 
 
 def _input_gradient(ctx: Any, gates: Tensor, weight: Tensor) -> Tensor | None:
@@ -150,21 +161,28 @@ class _Product:
         return self.gates.flatten(0, 1).t() @ (self.inputs.flatten(0, 1) * by_row)
 
 
-def _joined(*sides: Tensor, bias: bool) -> Tensor:
+def _joined(*sides: Tensor, bias: bool, memory: Memory) -> Tensor:
     """Return the inputs side by side, with a one for the bias at the end."""
     one = [sides[0].new_ones(*sides[0].shape[:2], 1)] if bias else []
-    return torch.cat([*sides, *one], dim=-1)
+    whole = [*sides, *one]
+    width = sum(side.shape[-1] for side in whole)
+    return torch.cat(whole, dim=-1, out=memory(f"joined {len(sides)}", (*sides[0].shape[:2], width)))
 
 
 def _one_sided(
-    parameters: tuple[nn.Parameter | None, ...], x: Tensor, hiddens: Tensor, gates: Tensor, patients: int
+    parameters: tuple[nn.Parameter | None, ...],
+    x: Tensor,
+    hiddens: Tensor,
+    gates: Tensor,
+    patients: int,
+    memory: Memory,
 ) -> Contribution:
     """The contribution of an LSTM, whose input and hidden side have the same gate gradients ``(T, N, 4H)``.
 
     Both weights are one: [W_ih, W_hh] used at positions [x, h]. Both biases have one gradient, which counts twice.
     """
     bias, sizes = parameters[2] is not None, (x.shape[-1], hiddens.shape[-1])
-    joined = _joined(x, _before(hiddens), bias=bias)
+    joined = _joined(x, _before(hiddens), bias=bias, memory=memory)
     formed = not gram_is_cheaper(_count(gates, patients), joined.shape[-1], gates.shape[-1])
     product = _Product.of(gates, joined, patients, formed=formed)
     if product.by_patient is None:
@@ -185,9 +203,9 @@ def _two_sided(
     parameters: tuple[nn.Parameter | None, ...],
     x: Tensor,
     hiddens: Tensor,
-    hidden_side: Tensor,
-    of_candidates: Tensor,
+    gates: tuple[Tensor, Tensor],
     patients: int,
+    memory: Memory,
 ) -> Contribution:
     """The contribution of a GRU, whose sides share the gradients of r and z and have their own of n.
 
@@ -195,10 +213,11 @@ def _two_sided(
     times x belongs to no weight, and r and z times the 1 count twice.
     """
     bias, d, size = parameters[2] is not None, x.shape[-1], hiddens.shape[-1]
+    hidden_side, of_candidates = gates
     h, shared = _before(hiddens), hidden_side.shape[-1] - size
     formed = not gram_is_cheaper(_count(hidden_side, patients), d + size, hidden_side.shape[-1])
-    whole = _Product.of(hidden_side, _joined(x, h, bias=bias), patients, formed=formed)
-    candidates = _Product.of(of_candidates, _joined(x, bias=bias), patients, formed=formed)
+    whole = _Product.of(hidden_side, _joined(x, h, bias=bias, memory=memory), patients, formed=formed)
+    candidates = _Product.of(of_candidates, _joined(x, bias=bias, memory=memory), patients, formed=formed)
     if whole.by_patient is None or candidates.by_patient is None:
         sides = x, h, hidden_side[..., :shared], of_candidates, hidden_side[..., shared:]
         of_x, of_h, of_shared, of_n, of_own = (gram(_positions(side, patients)) for side in sides)

@@ -6,17 +6,21 @@ the number of operations is what costs. torch's own fused layers (oneDNN, cuDNN)
 themselves, on CUDA too, so there is no faster way to them than a scan.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+Memory = Callable[[str, tuple[int, ...]], Tensor]
+"""Gives memory of a name and shape, holding anything: the same in every pass, so that it costs no page faults."""
 _aten = torch.ops.aten
 _sigmoid_backward = _aten.sigmoid_backward.grad_input
 _tanh_backward = _aten.tanh_backward.grad_input
 
 
-def lstm_forward(gates: Tensor, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def lstm_forward(
+    gates: Tensor, weight: Tensor, mask: Tensor | None, memory: Memory
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scan ``(T, N, 4H)`` input-side gates.
 
     Returns:
@@ -25,7 +29,7 @@ def lstm_forward(gates: Tensor, weight: Tensor, mask: Tensor | None) -> tuple[Te
     """
     size, transposed = weight.shape[1], weight.t()
     hiddens = gates.new_empty((*gates.shape[:2], size))
-    cells, squashed = torch.empty_like(hiddens), torch.empty_like(hiddens)
+    cells, squashed = memory("cells", hiddens.shape), memory("squashed", hiddens.shape)
     hidden = cell = gates.new_zeros(gates.shape[1], size)
     views = gates, gates[..., : 2 * size], *gates.chunk(4, -1), cells, squashed, hiddens
     for t, (a, i_and_f, i, f, g, o, new_cell, new_squashed, new_hidden) in enumerate(_steps_of(*views)):
@@ -50,9 +54,10 @@ def lstm_backward(
     activations: Tensor,
     weight: Tensor,
     mask: Tensor | None,
+    memory: Memory,
 ) -> Tensor:
     """Return the gates' gradients ``(T, N, 4H)`` from the outputs' ``(T, N, H)``."""
-    result = torch.empty_like(activations)
+    result = memory("gradients", activations.shape)
     of_hidden, of_cell, start = (torch.zeros_like(cells[0]) for _ in range(3))
     views = output_gradient, squashed, *activations.chunk(4, -1), result, *result.chunk(4, -1)
     for t, (of_output, tanh_cell, i, f, g, o, out, of_i, of_f, of_g, of_o) in _backwards(*views):
@@ -74,7 +79,7 @@ def lstm_backward(
 
 
 def gru_forward(
-    gates: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
+    gates: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, memory: Memory
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scan ``(T, N, 3H)`` input-side gates.
 
@@ -82,7 +87,7 @@ def gru_forward(
         Hidden states ``(T, N, H)``, the activations r, z, n, which overwrite ``gates``, and the hidden side of n.
     """
     size, transposed = weight.shape[1], weight.t()
-    hiddens, own = gates.new_empty((*gates.shape[:2], size)), torch.empty_like(gates)
+    hiddens, own = gates.new_empty((*gates.shape[:2], size)), memory("own", gates.shape)
     offset = gates.new_zeros(3 * size) if bias is None else bias
     hidden = gates.new_zeros(gates.shape[1], size)
     candidates = own[..., 2 * size :]
@@ -105,12 +110,13 @@ def gru_backward(
     candidates: Tensor,
     weight: Tensor,
     mask: Tensor | None,
+    memory: Memory,
 ) -> tuple[Tensor, Tensor]:
     """Return the gates' gradients on the hidden side ``(T, N, 3H)``, and n's on the input side ``(T, N, H)``.
 
     Those of r and z are the same on both sides.
     """
-    hidden_side, of_candidates = torch.empty_like(activations), torch.empty_like(hiddens)
+    hidden_side, of_candidates = memory("hidden side", activations.shape), memory("candidates", hiddens.shape)
     gradient, start = torch.zeros_like(hiddens[0]), torch.zeros_like(hiddens[0])
     views = (
         output_gradient,
