@@ -209,6 +209,7 @@ class _Daemon:
             self._note(message, reply)
             link.reply(reply)
             last_message = time.monotonic()
+            self._stop.wait(_LEAST_POLL_S)  # no server asks again at once
 
     def _context(self, link: Link, message: Message) -> Context:
         """Return a fresh context: what the site keeps is in its ledger, and what the server configures is not asked."""

@@ -17,7 +17,7 @@ from threading import Event, Thread
 from typing import Any, Self
 
 import grpc  # type: ignore[import-untyped]
-from flwr.app import Array, Message
+from flwr.app import Array, Message, RecordDict
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -153,13 +153,17 @@ class Link:
         envelope = _envelope(answer.messages_list[0])
         run = envelope.metadata.run_id
         try:
-            contents = self._pull(run, answer.message_object_trees[0])
+            # Of the message's objects only the content is fetched: its envelope is here already, and it is what the
+            # server filed the message under, so the reply is made from it.
+            (content,) = answer.message_object_trees[0].children
+            contents = self._pull(run, content)
             identifier = envelope.metadata.message_id
             confirm = ConfirmMessageReceivedRequest(node=self._node, run_id=run, message_object_id=identifier)
             self._call("ConfirmMessageReceived", confirm)
-            # The envelope is what the server filed the message under, so the reply is made from it.
-            whole = inflate_object_from_contents(identifier, contents)
-            return make_message(metadata=envelope.metadata, content=whole.content)  # type: ignore[attr-defined]
+            inflated = inflate_object_from_contents(content.object_id, contents)
+            if not isinstance(inflated, RecordDict):
+                raise UnacceptableMessage(envelope)
+            return make_message(metadata=envelope.metadata, content=inflated)
         except (LinkRefused, Stopped) as error:
             if isinstance(error, LinkRefused) and error.fault is LinkFault.RUN_OVER:
                 return None

@@ -60,17 +60,27 @@ class Dispatcher:
         Raises:
             FederationError: If Flower does not answer or a file cannot be used.
         """
+        neglected = [folder for folder in all_runs(self._server) if not self._is_well(folder)]
+        if not neglected:
+            return  # to ask Flower costs its database as much as a site's message
         live: dict[str, list[LinkRun]] = {}
         for link_run in self._control.unfinished_runs():
             live.setdefault(link_run.run, []).append(link_run)
-        for folder in all_runs(self._server):
+        for folder in neglected:
             self._follow(folder, live.get(folder.name, []), executor)
 
-    def _follow(self, folder: RunFolder, live: list[LinkRun], executor: int) -> None:
+    def _is_well(self, folder: RunFolder) -> bool:
+        """Whether a run has ended, or goes on as it should."""
         track = self._look(folder)
         if track.status != RUNNING:
-            return
-        busy = worker(folder.path) is not None
+            return True
+        if folder.wanted != RUNNING or worker(folder.path) is None:
+            return False
+        track.worked = True
+        return True
+
+    def _follow(self, folder: RunFolder, live: list[LinkRun], executor: int) -> None:
+        track, busy = self._tracks[folder.name], worker(folder.path) is not None
         if folder.wanted != RUNNING:
             self._stop(folder, live, busy)
         elif busy:

@@ -25,7 +25,7 @@ from server.registry import LATE, VANISHED
 from shared.messages import is_undelivered
 
 _LOG = logging.getLogger(__name__)
-_POLL_S, _SLOWEST_POLL_S, _POLL_SHARE = 0.05, 0.5, 0.02
+_POLL_S, _FIRST_POLL_S, _SLOWEST_POLL_S, _POLL_SHARE = 0.05, 0.15, 0.5, 0.02
 _AT_ONCE = 16
 """Replies pulled by one request: a hundred that lie ready together would otherwise all be in memory at once."""
 
@@ -197,20 +197,22 @@ def exchange(
     Returns:
         The nodes that did not answer: ``late`` if still connected, else ``vanished``.
     """
-    calls, began = _Calls(grid, question, timing), time.monotonic()
+    calls, began, heard = _Calls(grid, question, timing), time.monotonic(), False
     calls.send(nodes)
     while calls.open and calls.left_s > 0.0:
         arrived = False
         for node, reply in calls.pull():
-            arrived = True
+            arrived = heard = True
             on_reply(node, reply)
         if presence.look(timing.look_s):
             calls.ask_again(presence.online)
             if enough() and all(presence.away_s(node) > timing.grace_s for node in calls.open):
                 break
         if calls.open and not arrived:
-            # Fast while a round is young, and never more than a fiftieth of its length late.
-            wait = min(max(_POLL_S, _POLL_SHARE * (time.monotonic() - began)), _SLOWEST_POLL_S)
+            # Fast once a reply has come, for the others are near, and never more than a fiftieth of a round's length
+            # late. Before, every look would only keep the SuperLink from the sites' own calls.
+            least = _POLL_S if heard else _FIRST_POLL_S
+            wait = min(max(least, _POLL_SHARE * (time.monotonic() - began)), _SLOWEST_POLL_S)
             time.sleep(max(0.0, min(wait, calls.left_s)))
     presence.look(timing.look_s)
     return {node: LATE if node in presence.online else VANISHED for node in calls.open}
