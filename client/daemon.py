@@ -25,6 +25,7 @@ from client.channel import Backoff, Endpoint
 from client.keys import read_authority, read_key, server_fingerprint
 from client.link import Link, LinkRefused, Stopped, UnacceptableMessage
 from client.status import HEALTH_PORT_FILE, Status
+from shared.dp.memory import share_arenas
 from shared.errors import ErrorCode, PolicyError, StorageError
 from shared.files import storage_errors, write_atomic
 from shared.messages import CONFIG, error_code, error_reply
@@ -77,6 +78,7 @@ def run_daemon(
         StorageError: If the key or certificate cannot be read, another daemon serves the folder, or a port is taken.
         PolicyError: If a test's seed is set outside a test.
     """
+    share_arenas()
     with ExitStack() as stack:
         stack.enter_context(_only_daemon(folder))
         endpoint = Endpoint(

@@ -31,6 +31,11 @@ from flwr.proto.message_pb2 import (
     PushObjectRequest,
 )
 from flwr.proto.node_pb2 import Node
+from flwr.supercore.constant import (
+    FLWR_COMPONENT_NAME_METADATA_KEY,
+    FLWR_PACKAGE_NAME_METADATA_KEY,
+    FLWR_PACKAGE_VERSION_METADATA_KEY,
+)
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_body,
@@ -41,13 +46,18 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
+from flwr.supercore.version import package_name, package_version
 
 from client.channel import PASSING, Backoff, Endpoint, LinkFault, Watch, fault_of
 
 _CALLS = (
     *("ActivateNode", "DeactivateNode", "SendNodeHeartbeat", "PullMessages", "PushMessages"),
     *("PullObject", "PushObject", "ConfirmMessageReceived"),
+)
+_HEADERS = (  # who calls; Flower's own helper would load its web framework, 11 MiB, into every daemon
+    (FLWR_PACKAGE_NAME_METADATA_KEY, package_name),
+    (FLWR_PACKAGE_VERSION_METADATA_KEY, package_version),
+    (FLWR_COMPONENT_NAME_METADATA_KEY, "SuperNode"),
 )
 MAX_MESSAGE_BYTES = 256 * 2**20  # of one incoming message; 64 million float32, far above any task's model
 _MAX_OBJECTS = 4096
@@ -101,7 +111,6 @@ class Link:
         self._channel = grpc.intercept_channel(endpoint.channel(), signing)
         stub = FleetStub(self._channel)
         self._calls = {name: getattr(stub, name) for name in _CALLS}
-        self._headers = RuntimeVersionMetadata.from_local_component("SuperNode").append_to_grpc_metadata(None)
         self._node = Node()
         self._closed = Event()
         self._heart = Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -243,7 +252,7 @@ class Link:
         attempt = 0
         while not self._stop.is_set():
             try:
-                answer = self._calls[name](request, timeout=timeout_s, metadata=self._headers)
+                answer = self._calls[name](request, timeout=timeout_s, metadata=_HEADERS)
             except grpc.RpcError as error:
                 fault = fault_of(error)
             else:
@@ -260,7 +269,7 @@ class Link:
     def _deactivate(self, node_id: int) -> bool:
         try:
             request = DeactivateNodeRequest(node_id=node_id)
-            self._calls["DeactivateNode"](request, timeout=_LAST_CALL_S, metadata=self._headers)
+            self._calls["DeactivateNode"](request, timeout=_LAST_CALL_S, metadata=_HEADERS)
         except (grpc.RpcError, ValueError):  # ValueError: the channel is closed already
             return False
         return True
@@ -273,7 +282,7 @@ class Link:
             if self._closed.wait(pause_s):
                 return
             try:
-                self._calls["SendNodeHeartbeat"](request, timeout=HEARTBEAT_S / 2, metadata=self._headers)
+                self._calls["SendNodeHeartbeat"](request, timeout=HEARTBEAT_S / 2, metadata=_HEADERS)
             except grpc.RpcError as error:
                 self._watch.fault(fault_of(error), 1, HEARTBEAT_S / 2)
             except ValueError:  # the channel is closed
