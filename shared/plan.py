@@ -141,10 +141,20 @@ class RunPlan:
 
         A median or trimmed mean of n needs n ≥ 2f + 1; Krum's theorem needs n ≥ 2f + 3 (Blanchard et al., 2017).
         """
+        return self.quorum_beside(0)
+
+    def quorum_beside(self, faulty: int) -> int:
+        """Return the quorum when ``faulty`` replies of a round were found out and dropped.
+
+        Of the f sites that the strategy withstands those are not among the rest any more. Without this, one hostile
+        site of the fewest that Krum needs could end a run by sending what is sure to be dropped. More than f faulty
+        ones break the assumption, and nothing is made easier.
+        """
+        hidden = self.byzantine_sites - (faulty if faulty <= self.byzantine_sites else 0)
         if self.strategy in _MAJORITY:
-            return max(self.min_sites, 2 * self.byzantine_sites + 1)
+            return max(self.min_sites, 2 * hidden + 1)
         if self.strategy in _KRUM:
-            return max(self.min_sites, 2 * self.byzantine_sites + 3)
+            return max(self.min_sites, 2 * hidden + 3)
         return self.min_sites
 
     def learning_rate_in(self, round_number: int) -> float:

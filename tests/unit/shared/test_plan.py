@@ -87,6 +87,14 @@ def test_the_quorum_is_what_the_strategy_needs_to_withstand_hostile_sites() -> N
     assert replace(PLAN, strategy="krum", min_sites=9).quorum == 9
 
 
+@pytest.mark.parametrize(("strategy", "more"), [("median", 1), ("trimmed-mean", 1), ("krum", 3), ("multi-krum", 3)])
+def test_what_was_dropped_as_faulty_no_longer_hides_among_the_rest(strategy: str, more: int) -> None:
+    plan = replace(PLAN, strategy=strategy, byzantine_sites=2, min_sites=2)
+    assert [plan.quorum_beside(faulty) for faulty in range(4)] == [4 + more, max(2 + more, 2), max(more, 2), 4 + more]
+    assert replace(plan, min_sites=6).quorum_beside(2) == 6
+    assert replace(plan, strategy="fedavg").quorum_beside(1) == 2
+
+
 def test_a_proximal_pull_that_overshoots_is_refused() -> None:
     with pytest.raises(PlanError, match="overshoots"):
         replace(PLAN, strategy="fedprox", learning_rate=0.5, proximal_mu=3.0)
