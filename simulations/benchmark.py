@@ -128,7 +128,6 @@ CASES = {
     "lstm": Case(_recurrent("LSTM"), _readings, _squared, (256,), False, _opacus_recurrent("DPLSTM")),
     "gru": Case(_recurrent("GRU"), _readings, _squared, (256,), False, _opacus_recurrent("DPGRU")),
 }
-_MARKS = ("<!-- bench -->", "<!-- end of bench -->")
 ENGINES = ("nonprivate", "opacus", "opacus-ghost", "bookkeeping")
 
 
@@ -315,18 +314,19 @@ def as_markdown(rows: Sequence[Measurement]) -> str:
     return "\n".join(lines)
 
 
-def document(path: Path, table: str) -> None:
-    """Put the table, with the machine that measured it, between the marks of a document.
+def document(path: Path, table: str, name: str = "bench") -> None:
+    """Put the table, with the machine that measured it, between the marks ``<!-- name -->`` of a document.
 
     Raises:
         StorageError: If the document cannot be read or has no marks.
     """
     with storage_errors(path):
         text = path.read_text(encoding="utf-8")
-    before, start, rest = text.partition(_MARKS[0])
-    _, end, after = rest.partition(_MARKS[1])
+    marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, start, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not end:
-        raise StorageError(f"{path} has no line {_MARKS[0]} with {_MARKS[1]} after it.")
+        raise StorageError(f"{path} has no line {marks[0]} with {marks[1]} after it.")
     write_atomic(path, f"{before}{start}\n\nMeasured on: {machine()}\n\n{table}\n\n{end}{after}".encode())
 
 
