@@ -6,10 +6,11 @@ seen at once, where Flower's heartbeat takes about a minute.
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.control import Control, LinkRun
+from server.control import Control, LinkError, LinkRun
 from server.registry import RUNNING, STOPPED
 from server.runs import RunFolder, all_runs, end_worker, worker
 from shared.errors import FederationError
@@ -45,6 +46,12 @@ class Dispatcher:
     def __init__(self, server: Path, control: Control) -> None:
         self._server, self._control = server, control
         self._tracks: dict[str, _Track] = {}
+        self._troubles: dict[str, str] = {}
+
+    @property
+    def troubles(self) -> Mapping[str, str]:
+        """The runs that could not be followed when last tried, each with its error code."""
+        return self._troubles
 
     @property
     def runs(self) -> dict[str, tuple[str, int]]:
@@ -57,14 +64,25 @@ class Dispatcher:
         Args:
             executor: How often the executor has been started; a ServerApp dies with its executor.
 
+        A run that cannot be followed, its files being damaged or of another version, does not hold up the others.
+
         Raises:
-            FederationError: If Flower does not answer or a file cannot be used.
+            LinkError: If Flower does not answer.
         """
         live: dict[str, list[LinkRun]] = {}
         for link_run in self._control.unfinished_runs():
             live.setdefault(link_run.run, []).append(link_run)
+        troubles: dict[str, str] = {}
         for folder in all_runs(self._server):
-            self._follow(folder, live.get(folder.name, []), executor)
+            try:
+                self._follow(folder, live.get(folder.name, []), executor)
+            except LinkError:
+                raise
+            except FederationError as error:
+                troubles[folder.name] = error.code.value
+                if folder.name not in self._troubles:
+                    _LOG.error("run cannot be followed", extra={"run": folder.name, "code": error.code.value})
+        self._troubles = troubles
 
     def _follow(self, folder: RunFolder, live: list[LinkRun], executor: int) -> None:
         track = self._look(folder)
@@ -85,7 +103,14 @@ class Dispatcher:
         track = self._tracks.setdefault(folder.name, _Track())
         changed_ns = folder.changed_ns
         if changed_ns != track.changed_ns:
-            record = folder.record()
+            try:
+                record = folder.record()
+            except FederationError:
+                status = folder.registry().status(folder.name)
+                if status in (RUNNING, None):
+                    raise
+                track.changed_ns, track.status = changed_ns, status  # it has ended: nobody needs the rest
+                return track
             if record.rounds_completed > track.rounds or record.status != track.status:
                 track.attempts, track.next = 0, 0.0
             track.changed_ns, track.status, track.rounds = changed_ns, record.status, record.rounds_completed

@@ -83,9 +83,9 @@ class Job:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.max_share <= 1.0:
-            raise PlanError(f"max_share must lie in (0, 1], not {self.max_share:g}.")
+            raise PlanError(f"max-share must lie in (0, 1], not {self.max_share:g}.")
         if self.max_update_norm is not None and not self.max_update_norm > 0.0:
-            raise PlanError(f"max_update_norm must be positive, not {self.max_update_norm:g}.")
+            raise PlanError(f"max-update-norm must be positive, not {self.max_update_norm:g}.")
 
 
 @dataclass

@@ -6,8 +6,9 @@ A plan is public. Its digest names the run's rules; a site refuses a message who
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from shared.accounting import MAX_NOISE_MULTIPLIER, Mechanism, epsilon_of
@@ -213,18 +214,23 @@ class RunPlan:
         types = {field.name: field.type for field in fields(cls)}
         if unknown := sorted(set(values) - set(types)):
             raise PlanError(f"The plan has unknown fields: {', '.join(unknown)}.")
+        if missing := [field.name for field in fields(cls) if field.default is MISSING and field.name not in values]:
+            raise PlanError(as_written(f"The plan lacks {', '.join(missing)}."))
         clean: dict[str, Any] = {}
         for name, value in values.items():
             accepted = (int, float) if types[name] is float else (types[name],)
             if not isinstance(value, accepted) or isinstance(value, bool):  # type: ignore[arg-type]
-                raise PlanError(f"The plan's {name} has the wrong type.")
+                raise PlanError(as_written(f"The plan's {name} has the wrong type."))
             clean[name] = float(value) if types[name] is float else value
-        try:
-            return cls(**clean)
-        except TypeError as error:
-            raise PlanError("The plan lacks a field that has no default.") from error
+        return cls(**clean)
+
+
+def as_written(sentence: str) -> str:
+    """Return a sentence with the plan's fields spelt as people write them in a file: ``deadline-s``."""
+    names = sorted((field.name for field in fields(RunPlan) if "_" in field.name), key=len, reverse=True)
+    return re.sub(rf"\b({'|'.join(names)})\b", lambda found: found[0].replace("_", "-"), sentence)
 
 
 def _require(holds: bool, sentence: str) -> None:
     if not holds:
-        raise PlanError(f"The plan is impossible: {sentence}.")
+        raise PlanError(as_written(f"The plan is impossible: {sentence}."))

@@ -128,6 +128,7 @@ CASES = {
     "lstm": Case(_recurrent("LSTM"), _readings, _squared, (256,), False, _opacus_recurrent("DPLSTM")),
     "gru": Case(_recurrent("GRU"), _readings, _squared, (256,), False, _opacus_recurrent("DPGRU")),
 }
+_MARKS = ("<!-- bench -->", "<!-- end of bench -->")
 ENGINES = ("nonprivate", "opacus", "opacus-ghost", "bookkeeping")
 
 
@@ -314,15 +315,14 @@ def as_markdown(rows: Sequence[Measurement]) -> str:
     return "\n".join(lines)
 
 
-def document(path: Path, table: str, name: str = "bench") -> None:
-    """Put the table, with the machine that measured it, between the marks ``<!-- name -->`` of a document.
+def document(path: Path, table: str, marks: tuple[str, str] = _MARKS) -> None:
+    """Put the table, with the machine that measured it, between the marks of a document.
 
     Raises:
         StorageError: If the document cannot be read or has no marks.
     """
     with storage_errors(path):
         text = path.read_text(encoding="utf-8")
-    marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
     before, start, rest = text.partition(marks[0])
     _, end, after = rest.partition(marks[1])
     if not end:

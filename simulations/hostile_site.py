@@ -49,7 +49,7 @@ ATTACKS: Mapping[str, Attack] = {
 }
 """From the round's global weights and the site's honest ones, each ``(D,)``, to what is sent instead."""
 STRATEGIES = (FEDAVG, MEDIAN, TRIMMED_MEAN, KRUM, MULTI_KRUM)
-MARK = "hostile-site"
+_MARKS = ("<!-- hostile-site -->", "<!-- end of hostile-site -->")
 
 
 class HostileGrid(LocalGrid):
@@ -210,7 +210,7 @@ def main() -> None:
     table = as_markdown(measure(study, chosen.seeds))
     sys.stdout.write(table + "\n")
     if chosen.into:
-        document(chosen.into, table, MARK)
+        document(chosen.into, table, _MARKS)
 
 
 if __name__ == "__main__":

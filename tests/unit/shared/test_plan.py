@@ -1,5 +1,5 @@
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import pytest
@@ -101,10 +101,20 @@ def test_a_proximal_pull_that_overshoots_is_refused() -> None:
     assert replace(PLAN, strategy="fedavg", learning_rate=0.5, proximal_mu=3.0).proximal_mu == 3.0
 
 
+@pytest.mark.parametrize("name", [field.name for field in fields(RunPlan) if "_" in field.name])
+def test_sentences_name_fields_as_files_do(name: str) -> None:
+    wrong: tuple[object, ...] = ("text", -1.0, -1)
+    for value in wrong:
+        with pytest.raises(PlanError) as caught:
+            RunPlan.from_mapping({**asdict(PLAN), name: value})
+        assert name.replace("_", "-") in str(caught.value)
+        assert name not in str(caught.value)
+
+
 def test_unknown_and_missing_fields_are_named() -> None:
     with pytest.raises(PlanError, match="unknown fields: surprise"):
         RunPlan.from_mapping({**asdict(PLAN), "surprise": 1})
-    with pytest.raises(PlanError, match="lacks a field"):
+    with pytest.raises(PlanError, match="lacks rounds"):
         RunPlan.from_mapping({"task": "x"})
 
 
