@@ -185,6 +185,8 @@ def run(
     agreed = agree_plan(request, require_members(server), init_)
     if open_heldout(config, agreed.task) is None:
         _warn("There are no held-out patients (heldout in server.toml): nothing will be validated.")
+    if not agreed.private:
+        _warn("epsilon is inf: this run promises no privacy, and no hospital takes part whose site.toml demands noise.")
     folder = submit(server, agreed, name, init_)
     _CONSOLE.print(folder.name, highlight=False, markup=False)
     if service_pid(server) is None:

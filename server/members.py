@@ -246,8 +246,8 @@ def _name(key: SiteKey, name: str | None) -> str:
 def _declared(key: SiteKey, declared_patients: int | None) -> int:
     if None not in (declared_patients, key.declared_patients) and declared_patients != key.declared_patients:
         raise ProtocolError(
-            f"The hospital's own key declares {key.declared_patients} patients, not {declared_patients}. The number is "
-            "fixed at enrolment; ask the hospital which it is."
+            f"The hospital's own key declares {key.declared_patients} patients, not {declared_patients}. To change "
+            "it, the hospital runs fedward-site declare and sends its new site.pub."
         )
     declared = key.declared_patients if declared_patients is None else declared_patients
     if declared is None or not 1 <= declared < 10**9:

@@ -43,6 +43,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
 }
 """Beyond these a plan is a mistake or an attack: a bound so small that its noise rounds to nothing, a batch that
 exhausts memory when somebody is sampled and not when nobody is."""
+_KINDS: dict[Any, str] = {str: "a text", int: "a whole number", float: "a number"}
 _LEAST_NOISE = 0.05
 _MOST_STEPS, _MOST_LOSS = 1_000_000, 25.0
 """What a plan may ask of the accountant: beyond these it would fill gigabytes for minutes, to refuse in the end."""
@@ -220,7 +221,7 @@ class RunPlan:
         for name, value in values.items():
             accepted = (int, float) if types[name] is float else (types[name],)
             if not isinstance(value, accepted) or isinstance(value, bool):  # type: ignore[arg-type]
-                raise PlanError(as_written(f"The plan's {name} has the wrong type."))
+                raise PlanError(as_written(f"The plan's {name} has the wrong type: it must be {_KINDS[types[name]]}."))
             clean[name] = float(value) if types[name] is float else value
         return cls(**clean)
 

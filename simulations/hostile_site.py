@@ -17,7 +17,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
@@ -29,7 +29,7 @@ from flwr.app import Message, MessageType
 from server.registry import COMPLETED, OK, Registry, RunRecord
 from server.rounds import Job, run_federation
 from shared.drafting import draft_plan
-from shared.messages import TrainReply, TrainRequest
+from shared.messages import TrainReply
 from shared.plan import FEDAVG, KRUM, MEDIAN, MULTI_KRUM, TRIMMED_MEAN
 from shared.records import RecordStore
 from shared.tasks.registry import find_task
@@ -41,13 +41,12 @@ from simulations.sources import find_source
 
 TASK, RUN = "nodule-classification", "hostile-site"
 CLEAN = "clean"
-Attack = Callable[[Vector, Vector], Vector]
+Attack = Callable[[Vector], Vector]
 ATTACKS: Mapping[str, Attack] = {
-    "×1000": lambda _start, weights: weights * np.float32(1000.0),
-    "sign-flipped": lambda _start, weights: -weights,
-    "update reversed": lambda start, weights: start - (weights - start),
+    "×1000": lambda weights: weights * np.float32(1000.0),
+    "sign-flipped": lambda weights: -weights,
 }
-"""From the round's global weights and the site's honest ones, each ``(D,)``, to what is sent instead."""
+"""From the site's honest weights ``(D,)`` to what it sends instead."""
 STRATEGIES = (FEDAVG, MEDIAN, TRIMMED_MEAN, KRUM, MULTI_KRUM)
 _MARKS = ("<!-- hostile-site -->", "<!-- end of hostile-site -->")
 
@@ -58,25 +57,15 @@ class HostileGrid(LocalGrid):
     def __init__(self, folders: Sequence[Path], seed: int, attack: Attack | None) -> None:
         super().__init__(folders, seed)
         self._attack, self._hostile = attack, max(self._folders)
-        self._start: Vector | None = None
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Hand messages on; keep the weights that the hostile site is sent."""
-        messages = list(messages)
-        for message in messages:
-            if message.metadata.dst_node_id == self._hostile and message.metadata.message_type == MessageType.TRAIN:
-                self._start = TrainRequest.from_content(message.content).weights
-        return super().push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies that are ready, the hostile site's among them."""
         replies = list(super().pull_messages(message_ids))
         for reply in replies:
             trained = reply.metadata.message_type == MessageType.TRAIN and not reply.has_error()
-            if self._attack and self._start is not None and trained and reply.metadata.src_node_id == self._hostile:
+            if self._attack and trained and reply.metadata.src_node_id == self._hostile:
                 honest = TrainReply.from_content(reply.content)
-                poisoned = self._attack(self._start, honest.weights)
-                reply.content = TrainReply(honest.round, honest.plan_digest, poisoned).to_content()
+                reply.content = replace(honest, weights=self._attack(honest.weights)).to_content()
         return replies
 
 
