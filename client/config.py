@@ -111,7 +111,7 @@ class SitePolicy:
         raw.pop("glucose", None)  # the columns of exports, which only intake reads
         known = {field.name.replace("_", "-"): field for field in fields(cls)}
         if unknown := sorted(set(raw) - set(known)):
-            raise PolicyError(f"{path} has unknown keys: {', '.join(unknown)}.")
+            raise PolicyError(f"{path} has unknown keys: {', '.join(unknown)}. The keys are: {', '.join(known)}.")
         if missing := sorted(key for key, field in known.items() if field.default is MISSING and key not in raw):
             raise PolicyError(f"{path} lacks {', '.join(missing)}. Write it as 'fedward-site init' does.")
         values = {known[key].name: _typed(key, value, known[key].type) for key, value in raw.items()}
