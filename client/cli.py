@@ -14,6 +14,7 @@ from rich.table import Table
 
 from client.monitor.cli import add_commands
 from shared.errors import FederationError, StorageError
+from shared.terminal import print_table
 
 if TYPE_CHECKING:
     from client.intake.glucose import GlucoseReport
@@ -80,6 +81,28 @@ def init(
     )
     init_site(site, policy, ca)
     _say(f"Made {site}. Read and sign off {site / 'site.toml'}; send {site / 'site.pub'} to the server's operator.")
+
+
+@app.command(epilog="Example:  fedward-site declare H1 300")
+def declare(
+    site: SiteFolder, patients: Annotated[int, typer.Argument(min=1, max=10**9 - 1, help="Public, coarse number.")]
+) -> None:
+    """Change the declared number of patients in site.toml and site.pub; the server's operator enrols that anew."""
+    from client.changes import declare as change
+
+    policy = change(_open(site).folder, patients)
+    _say(f"{policy.name} declares {patients} patients, with max-delta {policy.max_delta:g}. Send {site / 'site.pub'}")
+    _say("to the server's operator, who enrols it while no run goes on; then restart the daemon.")
+
+
+@app.command(epilog="Example:  fedward-site new-key H1")
+def new_key(site: SiteFolder) -> None:
+    """Give the site a new key, for instance because the old one was shown to somebody; ledger and data stay."""
+    from client.changes import renew_key
+
+    renew_key(_open(site).folder)
+    _say("Made a new key. The server's operator revokes the site and then enrols it anew, by its new")
+    _say(f"{site / 'site.pub'}. Then restart the daemon.")
 
 
 @app.command(epilog=_INTAKE_EXAMPLES)
@@ -151,7 +174,7 @@ def status(
     for part, facts in state.items():
         for key, value in facts.items():
             table.add_row(part, key, _text(value))
-    _CONSOLE.print(table)
+    print_table(_CONSOLE, table)
 
 
 @app.command(epilog="Example:  fedward-site ledger H1 --json")
@@ -167,7 +190,7 @@ def ledger(site: SiteFolder, as_json: AsJson = False) -> None:
     for row in books["releases"]:
         keys = ("run", "round", "task", "sample_rate", "noise_multiplier", "steps", "delta", "reserved_at")
         table.add_row(*(_text(row[key]) for key in keys), row["committed_at"] or "not (yet)")
-    _CONSOLE.print(table)
+    print_table(_CONSOLE, table)
     for point in books["epsilon_at_delta"]:
         _say(f"epsilon {_bound(point['epsilon'])} at delta {point['delta']:g}")
     left, most = _bound(books["remaining"]), _bound(books["max_epsilon"])
@@ -271,7 +294,7 @@ def _show_intake(report: "IntakeReport | GlucoseReport") -> None:
         table = Table("counted", "how many", "of", "because")
         for code, count in counts:
             table.add_row(code.value, str(count), code.unit, code.meaning)
-        _CONSOLE.print(table)
+        print_table(_CONSOLE, table)
 
 
 def _workers(wanted: int | None) -> int:

@@ -7,7 +7,7 @@ site permits less of than the plan asks for is refused with a code.
 import hashlib
 import json
 import tomllib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from client.hours import DAYS, Hours
 from shared.drafting import DELTA_SHARE
 from shared.errors import PolicyError, StorageError
 from shared.files import write_atomic
+from shared.tasks.registry import all_tasks
 
 COMMENTS = {
     "name": "Public name of this site, as it is enrolled at the server.",
@@ -110,12 +111,17 @@ class SitePolicy:
         raw.pop("glucose", None)  # the columns of exports, which only intake reads
         known = {field.name.replace("_", "-"): field for field in fields(cls)}
         if unknown := sorted(set(raw) - set(known)):
-            raise PolicyError(f"{path} has unknown keys: {', '.join(unknown)}.")
+            raise PolicyError(f"{path} has unknown keys: {', '.join(unknown)}. The keys are: {', '.join(known)}.")
+        if missing := sorted(key for key, field in known.items() if field.default is MISSING and key not in raw):
+            raise PolicyError(f"{path} lacks {', '.join(missing)}. Write it as 'fedward-site init' does.")
         values = {known[key].name: _typed(key, value, known[key].type) for key, value in raw.items()}
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise PolicyError(f"{path} lacks a key that has no default.") from error
+        policy = cls(**values)
+        if strangers := [task for task in policy.tasks if task not in all_tasks()]:
+            raise PolicyError(
+                f"{path} permits tasks that are not installed here: {', '.join(strangers)}. The tasks are: "
+                f"{', '.join(all_tasks())}."
+            )
+        return policy
 
     def write(self, path: Path) -> None:
         """Write every key, with a comment on each. Raises StorageError."""

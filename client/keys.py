@@ -38,8 +38,13 @@ def make_key(folder: Path, name: str, declared_patients: int) -> None:
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
     )
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     _write_secret(folder / PRIVATE_KEY, private)
+    write_public_key(folder, key, name, declared_patients)
+
+
+def write_public_key(folder: Path, key: ec.EllipticCurvePrivateKey, name: str, declared_patients: int) -> None:
+    """Write ``site.pub``, the file that the aggregator's operator enrols. Raises StorageError."""
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     write_atomic(folder / PUBLIC_KEY, public + f" {name} declared-patients={declared_patients}\n".encode())
 
 

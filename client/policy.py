@@ -26,11 +26,11 @@ def check_plan(plan: RunPlan, policy: SitePolicy) -> None:
     refusals = {
         f"the task {plan.task} is not permitted here": plan.task not in policy.tasks,
         f"its delta is above max-delta {policy.max_delta}": plan.delta > policy.max_delta,
-        f"its noise_multiplier is below {policy.min_noise_multiplier}": (
+        f"its noise-multiplier is below min-noise-multiplier {policy.min_noise_multiplier}": (
             plan.noise_multiplier < policy.min_noise_multiplier
         ),
-        f"its max_grad_norm is above {policy.max_grad_norm}": plan.max_grad_norm > policy.max_grad_norm,
-        f"its sample_rate is above {policy.max_sample_rate}": plan.sample_rate > policy.max_sample_rate,
+        f"its max-grad-norm is above {policy.max_grad_norm}": plan.max_grad_norm > policy.max_grad_norm,
+        f"its sample-rate is above max-sample-rate {policy.max_sample_rate}": plan.sample_rate > policy.max_sample_rate,
     }
     if broken := [rule for rule, refused in refusals.items() if refused]:
         raise PolicyError(f"The plan is refused: {'; '.join(broken)}. Change the plan or site.toml.")

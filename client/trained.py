@@ -55,10 +55,14 @@ def load_trained(checkpoint: Path, task_name: str, purpose: str) -> Trained:
         PlanError: If the model is of another task.
     """
     sidecar = checkpoint.with_suffix(".json")
-    with storage_errors(sidecar):
-        text = sidecar.read_bytes()
     with storage_errors(checkpoint):
         content = checkpoint.read_bytes()
+    if not sidecar.exists():
+        raise StorageError(
+            f"{sidecar} is missing, which says what {checkpoint.name} is. Copy both files from where the weights came."
+        )
+    with storage_errors(sidecar):
+        text = sidecar.read_bytes()
     try:
         described = json.loads(text)
         name, sha256 = str(described["task"]), described["sha256"]

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shared.errors import FederationError
+from shared.terminal import print_table
 
 _CONSOLE = Console()
 _EXAMPLES = """
@@ -35,6 +36,24 @@ Examples:
 
 A plan.toml needs no more than: task = "nodule-classification", rounds = 12, epsilon = 8.0
 """
+_ENROL_EXAMPLES = """
+Examples:
+
+  fedward-server enrol srv st-elsewhere.pub --name st-elsewhere
+
+A hospital that declares another number of patients sends its site.pub again:
+
+  fedward-server enrol srv st-elsewhere.pub
+"""
+_STATUS_EXAMPLES = """
+Examples:
+
+  fedward-server status srv
+
+  fedward-server status srv run-1 --json
+
+  fedward-server status srv --healthy
+"""
 Server = Annotated[Path, typer.Argument(metavar="SRV", help="The aggregator's folder.")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="The run's name.")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for scripts.")]
@@ -48,7 +67,9 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@app.command(
+    epilog="Example:  fedward-server init srv --name fedward.example.org --fleet-port 9092 --heldout reference/store"
+)
 def init(
     server: Server,
     name: Annotated[list[str], typer.Option(help="DNS name or address hospitals connect to; repeat for each.")],
@@ -63,7 +84,7 @@ def init(
     _say(f"Settings are in {server / SETTINGS}. Back up the whole folder; it holds private keys.")
 
 
-@app.command()
+@app.command(epilog=_ENROL_EXAMPLES)
 def enrol(
     server: Server,
     site_pub: Annotated[Path, typer.Argument(metavar="SITE.PUB", help="The hospital's public key.")],
@@ -72,16 +93,25 @@ def enrol(
         int | None, typer.Option(min=1, help="Its declared number. Default: the one in the key.")
     ] = None,
 ) -> None:
-    """Enrol a hospital by its site.pub; a running service lets it in at once."""
+    """Enrol a hospital by its site.pub; a running service lets it in at once.
+
+    An enrolled hospital's key with another declared number changes that number, while no run goes on.
+    """
     from server.config import ServerConfig
     from server.members import Members, read_site_key
+    from server.runs import running_runs
 
     ServerConfig.read(server)
-    member = Members(server).enrol(read_site_key(site_pub), name, declared_patients)
+    members, key = Members(server), read_site_key(site_pub)
+    if before := members.redeclare(key, name, declared_patients, running_runs(server)):
+        now = declared_patients or key.declared_patients
+        _say(f"{before.name} declares {now} patients from now on; before, {before.declared_patients}.")
+        return
+    member = members.enrol(key, name, declared_patients)
     _say(f"Enrolled {member.name}, declared patients {member.declared_patients}.")
 
 
-@app.command()
+@app.command(epilog="Example:  fedward-server revoke srv st-elsewhere")
 def revoke(server: Server, name: Annotated[str, typer.Argument(metavar="SITE", help="The site's name.")]) -> None:
     """Shut a hospital out; a running service does so at once, and its key never comes back."""
     from server.config import ServerConfig
@@ -92,7 +122,7 @@ def revoke(server: Server, name: Annotated[str, typer.Argument(metavar="SITE", h
     _say(f"Revoked {name}.")
 
 
-@app.command()
+@app.command(epilog="Example:  fedward-server sites srv --json")
 def sites(server: Server, as_json: AsJson = False) -> None:
     """Show who is enrolled, and who is connected."""
     from dataclasses import asdict
@@ -113,16 +143,22 @@ def sites(server: Server, as_json: AsJson = False) -> None:
     for row in rows:
         shown = {True: "yes", False: "no", None: "service is down"}[row["connected"]]
         table.add_row(row["name"], str(row["declared_patients"]), "revoked" if row["revoked"] else "yes", shown)
-    _CONSOLE.print(table)
+    print_table(_CONSOLE, table)
 
 
-@app.command()
+@app.command(epilog="Example:  fedward-server start srv")
 def start(server: Server) -> None:
     """Run the service in the foreground until SIGTERM or Ctrl-C; its log is JSON lines on standard error."""
+    import logging
+
+    from server.config import ServerConfig
     from server.supervisor import serve_forever
     from shared.logs import configure_logs
 
+    config = ServerConfig.read(server)
     configure_logs()
+    if not config.heldout:
+        logging.getLogger("server.cli").warning("heldout in server.toml is empty: no run's model will be validated")
     serve_forever(server)
     sys.stderr.flush()
     os._exit(0)  # all has ended; to unload torch and gRPC would take seconds and save nothing
@@ -149,6 +185,8 @@ def run(
     agreed = agree_plan(request, require_members(server), init_)
     if open_heldout(config, agreed.task) is None:
         _warn("There are no held-out patients (heldout in server.toml): nothing will be validated.")
+    if not agreed.private:
+        _warn("epsilon is inf: this run promises no privacy, and no hospital takes part whose site.toml demands noise.")
     folder = submit(server, agreed, name, init_)
     _CONSOLE.print(folder.name, highlight=False, markup=False)
     if service_pid(server) is None:
@@ -157,7 +195,7 @@ def run(
         _exit_with(follow(folder, Console(stderr=True)))
 
 
-@app.command()
+@app.command(epilog=_STATUS_EXAMPLES)
 def status(
     server: Server,
     run_name: Annotated[str | None, typer.Argument(metavar="[RUN]", help="One run, in detail.")] = None,
@@ -180,12 +218,14 @@ def status(
         _json(rows[0] if run_name else rows)
         return
     _say("The service is running." if service_pid(server) else f"The service is down: fedward-server start {server}")
-    _CONSOLE.print(runs_table(rows))
+    print_table(_CONSOLE, runs_table(rows))
+    for failure in filter(None, (row["failure"] for row in rows)):
+        _say(failure)
     if run_name:
-        _CONSOLE.print(rounds_table(folders[0].record()))
+        print_table(_CONSOLE, rounds_table(folders[0].record()))
 
 
-@app.command()
+@app.command(epilog="Example:  fedward-server logs srv run-1")
 def logs(server: Server, run_name: Run) -> None:
     """Print the log of a run's ServerApp: JSON lines."""
     from server.runs import find_run
@@ -199,7 +239,7 @@ def logs(server: Server, run_name: Run) -> None:
         sys.stdout.write(path.read_text())
 
 
-@app.command()
+@app.command(epilog="Example:  fedward-server stop srv run-1")
 def stop(server: Server, run_name: Run) -> None:
     """Stop a run where it stands; 'resume' goes on from there."""
     from server.runs import find_run
@@ -208,7 +248,7 @@ def stop(server: Server, run_name: Run) -> None:
     _say(f"{run_name} is being stopped. Go on with: fedward-server resume {server} {run_name}")
 
 
-@app.command()
+@app.command(epilog="Example:  fedward-server resume srv run-1 --wait")
 def resume(
     server: Server,
     run_name: Run,
@@ -225,7 +265,7 @@ def resume(
         _exit_with(follow(folder, Console(stderr=True)))
 
 
-@app.command()
+@app.command(epilog="Example:  fedward-server report srv run-1 --out report")
 def report(
     server: Server, run_name: Run, out: Annotated[Path, typer.Option(help="Folder for report.html and summary.json.")]
 ) -> None:
@@ -237,7 +277,7 @@ def report(
     _say(f"report: {out / 'report.html'}")
 
 
-@app.command()
+@app.command(epilog="Example:  fedward-server export srv run-1 --out model")
 def export(
     server: Server, run_name: Run, out: Annotated[Path, typer.Option(help="Folder for the model's files.")]
 ) -> None:

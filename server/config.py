@@ -6,7 +6,7 @@ import secrets
 import socket
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +98,11 @@ class ServerConfig:
             raise PlanError(f"{path} is not valid TOML: {error}.") from error
         known = {field.name.replace("_", "-"): field for field in fields(cls)}
         if unknown := sorted(set(raw) - set(known)):
-            raise PlanError(f"{path} has unknown keys: {', '.join(unknown)}.")
+            raise PlanError(f"{path} has unknown keys: {', '.join(unknown)}. The keys are: {', '.join(known)}.")
+        if missing := sorted(key for key, field in known.items() if field.default is MISSING and key not in raw):
+            raise PlanError(f"{path} lacks {', '.join(missing)}. Write it as 'fedward-server init' does.")
         values = {known[key].name: _typed(key, value, known[key].type) for key, value in raw.items()}
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise PlanError(f"{path} lacks a key that has no default.") from error
+        return cls(**values)
 
     def to_toml(self) -> str:
         """Return the settings as the text of ``server.toml``, every key with a comment."""

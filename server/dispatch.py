@@ -6,10 +6,12 @@ seen at once, where Flower's heartbeat takes about a minute.
 
 import logging
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.control import Control, LinkRun
+from server.control import Control, LinkError, LinkRun
 from server.registry import RUNNING, STOPPED
 from server.runs import RunFolder, all_runs, end_worker, worker
 from shared.errors import FederationError
@@ -45,6 +47,12 @@ class Dispatcher:
     def __init__(self, server: Path, control: Control) -> None:
         self._server, self._control = server, control
         self._tracks: dict[str, _Track] = {}
+        self._troubles: dict[str, str] = {}
+
+    @property
+    def troubles(self) -> Mapping[str, str]:
+        """The runs that could not be followed when last tried, each with its error code."""
+        return self._troubles
 
     @property
     def runs(self) -> dict[str, tuple[str, int]]:
@@ -57,17 +65,36 @@ class Dispatcher:
         Args:
             executor: How often the executor has been started; a ServerApp dies with its executor.
 
+        A run that cannot be followed, its files being damaged or of another version, does not hold up the others.
+
         Raises:
-            FederationError: If Flower does not answer or a file cannot be used.
+            LinkError: If Flower does not answer.
         """
-        neglected = [folder for folder in all_runs(self._server) if not self._is_well(folder)]
-        if not neglected:
-            return  # to ask Flower costs its database as much as a site's message
+        troubles: dict[str, str] = {}
+        neglected: list[RunFolder] = []
+        for folder in all_runs(self._server):
+            with self._noting(folder, troubles):
+                if not self._is_well(folder):
+                    neglected.append(folder)
         live: dict[str, list[LinkRun]] = {}
-        for link_run in self._control.unfinished_runs():
+        for link_run in self._control.unfinished_runs() if neglected else ():  # a question costs Flower's database much
             live.setdefault(link_run.run, []).append(link_run)
         for folder in neglected:
-            self._follow(folder, live.get(folder.name, []), executor)
+            with self._noting(folder, troubles):
+                self._follow(folder, live.get(folder.name, []), executor)
+        self._troubles = troubles
+
+    @contextmanager
+    def _noting(self, folder: RunFolder, troubles: dict[str, str]) -> Iterator[None]:
+        """Note why a run cannot be followed, and say it once."""
+        try:
+            yield
+        except LinkError:
+            raise
+        except FederationError as error:
+            troubles[folder.name] = error.code.value
+            if folder.name not in self._troubles:
+                _LOG.error("run cannot be followed", extra={"run": folder.name, "code": error.code.value})
 
     def _is_well(self, folder: RunFolder) -> bool:
         """Whether a run has ended, or goes on as it should."""
@@ -95,7 +122,14 @@ class Dispatcher:
         track = self._tracks.setdefault(folder.name, _Track())
         changed_ns = folder.changed_ns
         if changed_ns != track.changed_ns:
-            record = folder.record()
+            try:
+                record = folder.record()
+            except FederationError:
+                status = folder.registry().status(folder.name)
+                if status in (RUNNING, None):
+                    raise
+                track.changed_ns, track.status = changed_ns, status  # it has ended: nobody needs the rest
+                return track
             if record.rounds_completed > track.rounds or record.status != track.status:
                 track.attempts, track.next = 0, 0.0
             track.changed_ns, track.status, track.rounds = changed_ns, record.status, record.rounds_completed

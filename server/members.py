@@ -3,7 +3,7 @@
 import fcntl
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,7 +43,7 @@ class Member:
     Attributes:
         name: Its public name.
         public_key: As in :class:`SiteKey`.
-        declared_patients: Fixed at enrolment; its weight in the average.
+        declared_patients: Fixed at enrolment and while a run goes on; its weight in the average.
         revoked: Whether it may no longer take part.
         node_id: Flower's number for its key, once the service has registered it.
     """
@@ -109,6 +109,44 @@ class Members:
         self._change(add)
         return member
 
+    def redeclare(
+        self, key: SiteKey, name: str | None, declared_patients: int | None, running: Collection[str]
+    ) -> Member | None:
+        """Change the declared number of the enrolled site that holds ``key``; return its entry before.
+
+        The number weighs in averages and bounds updates, so it stays the same while a run goes on. An offer of the
+        site's that still declares the old one is refused. Epsilon does not hang on it.
+
+        Args:
+            key: From the site's new ``site.pub``.
+            name: As for :meth:`enrol`.
+            declared_patients: As for :meth:`enrol`.
+            running: Names of the runs that go on.
+
+        Returns:
+            ``None``, and nothing is changed, if no site is enrolled under this key and name, or with this very number.
+
+        Raises:
+            ProtocolError: If something is missing or does not fit, or a run goes on.
+        """
+        wanted, declared = _name(key, name), _declared(key, declared_patients)
+        changed: list[Member] = []
+
+        def change(members: tuple[Member, ...]) -> tuple[Member, ...]:
+            for member in active(members):
+                holder = (member.public_key, member.name) == (key.public_key, wanted)
+                if holder and member.declared_patients != declared:
+                    changed.append(member)
+            if changed and running:
+                raise ProtocolError(
+                    f"{wanted} is enrolled with {changed[0].declared_patients} declared patients; to change that to "
+                    f"{declared}, wait until no run goes on, or stop them: {', '.join(sorted(running))}."
+                )
+            return tuple(replace(m, declared_patients=declared) if m in changed else m for m in members)
+
+        self._change(change)
+        return changed[0] if changed else None
+
     def revoke(self, name: str) -> None:
         """Mark a site as revoked; its entry stays, so that its key never comes back.
 
@@ -151,6 +189,11 @@ def read_site_key(path: Path) -> SiteKey:
     """
     with storage_errors(path):
         content = path.read_bytes()
+    if b"PRIVATE KEY" in content:
+        raise ProtocolError(
+            f"{path} is a private key, which must never leave its hospital: delete this copy. The hospital makes a new "
+            "one (fedward-site new-key) and sends the site.pub that stands beside it."
+        )
     try:
         return parse_site_key(content.decode())
     except (UnicodeDecodeError, ProtocolError) as error:
@@ -203,8 +246,8 @@ def _name(key: SiteKey, name: str | None) -> str:
 def _declared(key: SiteKey, declared_patients: int | None) -> int:
     if None not in (declared_patients, key.declared_patients) and declared_patients != key.declared_patients:
         raise ProtocolError(
-            f"The hospital's own key declares {key.declared_patients} patients, not {declared_patients}. The number is "
-            "fixed at enrolment; ask the hospital which it is."
+            f"The hospital's own key declares {key.declared_patients} patients, not {declared_patients}. To change "
+            "it, the hospital runs fedward-site declare and sends its new site.pub."
         )
     declared = key.declared_patients if declared_patients is None else declared_patients
     if declared is None or not 1 <= declared < 10**9:

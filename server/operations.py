@@ -15,7 +15,7 @@ from server.registry import COMPLETED, FAILED, OK, RUNNING, RoundRow, RunRecord,
 from server.report import write_report
 from server.runs import FAILURE_NOTE, RunFolder, worker
 from server.summary import write_summary
-from shared.errors import StorageError
+from shared.errors import FederationError, StorageError
 from shared.files import storage_errors
 from shared.tasks.registry import find_task
 from shared.telemetry import health_of
@@ -23,6 +23,20 @@ from shared.telemetry import health_of
 _POLL_S = 0.5
 _SHOWN_ROUNDS = 15
 _UNREADABLE_FOR_S = 60.0
+UNREADABLE = "unreadable"
+_OVERVIEW = (
+    "run",
+    "task",
+    "status",
+    "failure",
+    "rounds_completed",
+    "rounds",
+    "epsilon",
+    "delta",
+    "metric",
+    "value",
+    "plan_digest",
+)
 
 
 def connected_sites(config: ServerConfig) -> frozenset[str] | None:
@@ -67,11 +81,14 @@ def explanation(record: RunRecord) -> str | None:
 
 
 def overview(folder: RunFolder) -> dict[str, Any]:
-    """Return a run's state as plain JSON values."""
-    record = folder.record()
+    """Return a run's state as plain JSON values; of one that cannot be read, why."""
+    try:
+        record = folder.record()
+        metric = find_task(record.plan.task).metric
+    except FederationError as error:
+        return {**dict.fromkeys(_OVERVIEW), "run": folder.name, "status": UNREADABLE, "failure": str(error)}
     rounds = record.rounds_completed
     evaluations = [row.evaluation for row in record.rounds if row.evaluation and row.aggregated]
-    metric = find_task(record.plan.task).metric
     values: dict[str, Any] = finite(
         {
             "run": record.run,
@@ -94,6 +111,9 @@ def runs_table(rows: list[dict[str, Any]]) -> Table:
     """Return the runs as a table."""
     table = Table("run", "task", "status", "rounds", "epsilon so far", "held-out")
     for row in rows:
+        if row["status"] == UNREADABLE:
+            table.add_row(row["run"], "-", UNREADABLE, "-", "-", "-")
+            continue
         value = "-" if row["value"] is None else f"{row['metric']} {row['value']:.3f}"
         epsilon = "none" if row["epsilon"] is None else f"{row['epsilon']:.2f}"
         done = f"{row['rounds_completed']}/{row['rounds']}"

@@ -100,6 +100,11 @@ def agree_plan(request: PlanRequest, members: Collection[Member], start: Path | 
     plan = draft_plan(request.task, epsilon=request.epsilon, delta=delta, overrides=overrides)
     if plan.min_sites > len(members):
         raise PlanError(f"The plan asks for {plan.min_sites} sites; {len(members)} are enrolled.")
+    if plan.quorum > len(members):
+        raise PlanError(
+            f"To withstand byzantine-sites = {plan.byzantine_sites}, {plan.strategy} needs {plan.quorum} sites; "
+            f"{len(members)} are enrolled. Enrol more, or choose another strategy or a smaller number."
+        )
     return plan
 
 

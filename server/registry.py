@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import ErrorCode, StorageError
+from shared.errors import ErrorCode, PlanError, StorageError
 from shared.metrics import Estimate
 from shared.plan import RunPlan
 from shared.tasks.base import Evaluation
@@ -118,6 +118,12 @@ class Registry:
         with self._transaction() as database:
             database.execute("UPDATE runs SET status = ?, failure = ? WHERE run = ?", (status, failure, run))
 
+    def status(self, run: str) -> str | None:
+        """Return how ``run`` stands, even where the rest of what is registered is of another version."""
+        with self._transaction() as database:
+            row = database.execute("SELECT status FROM runs WHERE run = ?", (run,)).fetchone()
+        return str(row[0]) if row else None
+
     def add_site(self, run: str, row: SiteRow) -> None:
         """Record a site's answer to the plan."""
         with self._transaction() as database:
@@ -166,6 +172,11 @@ class Registry:
             return self._read(run)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StorageError(f"The run registry {self._path} is damaged.") from error
+        except PlanError as error:
+            raise StorageError(
+                f"{run} was made by another version and cannot be read by this one ({error}) Go on with the version "
+                f"that made it, or move {self._path.parent} away."
+            ) from error
 
     def _read(self, run: str) -> RunRecord:
         with self._transaction() as database:

@@ -35,7 +35,7 @@ from server.registry import (
     Registry,
     RoundRow,
 )
-from server.replies import check_reply, largest_update
+from server.replies import Dropped, check_reply, largest_update
 from server.strategies import Replies, collect, make_strategy, moments, restore_moments
 from shared.errors import ErrorCode, FederationError, PlanError, ProtocolError, StorageError
 from shared.messages import TrainRequest
@@ -48,6 +48,8 @@ from shared.weights import pack, unpack
 _LOG = logging.getLogger(__name__)
 _MAY_RECOVER = frozenset({OK, LATE, VANISHED, ErrorCode.STORAGE_FAILED, ErrorCode.INTERNAL})
 """Outcomes after which it makes sense to ask the same site for the same round again."""
+_FAULTY = frozenset(Dropped)
+"""Outcomes that only a faulty site can have."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,9 @@ class Job:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.max_share <= 1.0:
-            raise PlanError(f"max_share must lie in (0, 1], not {self.max_share:g}.")
+            raise PlanError(f"max-share must lie in (0, 1], not {self.max_share:g}.")
         if self.max_update_norm is not None and not self.max_update_norm > 0.0:
-            raise PlanError(f"max_update_norm must be positive, not {self.max_update_norm:g}.")
+            raise PlanError(f"max-update-norm must be positive, not {self.max_update_norm:g}.")
 
 
 @dataclass
@@ -202,14 +204,15 @@ def _advance(run: _Run, progress: Progress) -> None:
     attempt = 1
     while True:
         replies, outcomes = _ask(run, request)
-        if _count(outcomes, {OK}) >= run.job.plan.quorum:
+        needed = _quorum(run.job.plan, outcomes)
+        if _count(outcomes, {OK}) >= needed:
             break
         waited_s = time.monotonic() - started
         run.register(RoundRow(number, waited_s, None, outcomes, aggregated=False))
         closed = _closed(run, outcomes) and waited_s < run.timing.closed_s
-        if not closed and (attempt == run.timing.attempts or _count(outcomes, _MAY_RECOVER) < run.job.plan.quorum):
+        if not closed and (attempt == run.timing.attempts or _count(outcomes, _MAY_RECOVER) < needed):
             raise FederationError(
-                f"Round {number} got too few usable replies; {run.job.plan.quorum} are required: {outcomes}.",
+                f"Round {number} got too few usable replies; {needed} are required: {outcomes}.",
                 ErrorCode.QUORUM_LOST,
             )
         _LOG.warning("quorum lost", extra={"run": run.job.run, "round": number, "attempt": attempt})
@@ -228,10 +231,14 @@ def _count(outcomes: Mapping[str, str], among: Collection[str]) -> int:
     return sum(outcome in among for outcome in outcomes.values())
 
 
+def _quorum(plan: RunPlan, outcomes: Mapping[str, str]) -> int:
+    return plan.quorum_beside(_count(outcomes, _FAULTY))
+
+
 def _closed(run: _Run, outcomes: Mapping[str, str]) -> bool:
     """Whether there would be a quorum, were it not for sites that train at certain hours only."""
     shut = ErrorCode.OUTSIDE_HOURS
-    return shut in outcomes.values() and _count(outcomes, {*_MAY_RECOVER, shut}) >= run.job.plan.quorum
+    return shut in outcomes.values() and _count(outcomes, {*_MAY_RECOVER, shut}) >= _quorum(run.job.plan, outcomes)
 
 
 def _ask(run: _Run, request: TrainRequest) -> tuple[Replies, dict[str, str]]:
@@ -257,7 +264,7 @@ def _ask(run: _Run, request: TrainRequest) -> tuple[Replies, dict[str, str]]:
             outcomes[site] = OK
 
     def enough() -> bool:
-        return _count(outcomes, {OK}) >= plan.quorum
+        return _count(outcomes, {OK}) >= _quorum(plan, outcomes)
 
     question = Question(request.to_content(), MessageType.TRAIN, str(request.round), plan.deadline_s)
     silent = exchange(run.grid, question, list(sites), run.cohort.presence, run.timing, take, enough)

@@ -52,7 +52,10 @@ class RunFolder:
         try:
             return RunPlan.from_json((self.path / "plan.json").read_text())
         except (OSError, ValueError, PlanError) as error:
-            raise StorageError(f"The plan of {self.name} is damaged. Restore {self.path} from the back-up.") from error
+            raise StorageError(
+                f"The plan of {self.name} is damaged or of another version. Restore {self.path} from the back-up, or "
+                "go on with the version that made it."
+            ) from error
 
     @property
     def exists(self) -> bool:
@@ -158,6 +161,11 @@ def all_runs(server: Path) -> list[RunFolder]:
     """Return the runs, oldest first."""
     folders = [RunFolder(server, path.name) for path in (server / "runs").iterdir() if path.is_dir()]
     return sorted((folder for folder in folders if folder.exists), key=lambda f: (f.path / "plan.json").stat().st_mtime)
+
+
+def running_runs(server: Path) -> list[str]:
+    """Return the names of the runs that go on."""
+    return [folder.name for folder in all_runs(server) if folder.registry().status(folder.name) == RUNNING]
 
 
 def find_run(server: Path, name: str) -> RunFolder:

@@ -114,7 +114,9 @@ class RobustReplies:
 
     def aggregate(self, strategy: Strategy, plan: RunPlan, number: int) -> Vector:
         """Return the new global weights ``(D,)``."""
-        _fit(strategy, plan.byzantine_sites, len(self.replies))
+        # A quorum that is less because faulty replies were dropped may leave fewer than would hold the plan's number.
+        hostile = min(plan.byzantine_sites, (len(self.replies) - 1) // 2)
+        _fit(strategy, hostile, len(self.replies))
         updates = [self.replies[site] - self.start for site in sorted(self.replies)]
         merged = _ask(strategy, number, updates)
         return (self.start.astype(np.float64) + merged).astype(np.float32)

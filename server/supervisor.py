@@ -68,6 +68,7 @@ class Supervisor:
         }
         self._metrics = ServiceMetrics(self._children)
         self._answered = False
+        self._failure: str | None = None
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT.
@@ -91,11 +92,17 @@ class Supervisor:
             _LOG.info("service ended")
 
     def health(self) -> Health:
-        """Return whether both children live and the SuperLink answered when it was last asked."""
+        """Return whether both children live, the SuperLink answered, and the last tick did all that it had to.
+
+        ``trouble`` names what it could not do: runs with their error code, or the code alone of what stops everything.
+        """
         pids = {name: child.pid for name, child in self._children.items()}
         facts = {f"{name}_pid": pid for name, pid in pids.items()}
         connected = ",".join(sorted(self._metrics.connected))
-        return Health(self._answered and None not in pids.values(), {**facts, "connected": connected})
+        troubles = [self._failure] if self._failure else []
+        troubles += [f"{run}: {code}" for run, code in sorted(self._dispatcher.troubles.items())]
+        well = self._answered and None not in pids.values() and not troubles
+        return Health(well, {**facts, "connected": connected, "trouble": ", ".join(troubles)})
 
     def _tick(self) -> None:
         for child in self._children.values():
@@ -105,11 +112,13 @@ class Supervisor:
         try:
             self._follow_members()
             self._dispatcher.follow(self._children[SUPEREXEC].generation)
-            self._answered = True
+            self._answered, self._failure = True, None
         except LinkError:
             self._answered = False  # it is starting or has just died: the next tick sees
         except FederationError as error:
-            _LOG.error("tick failed", extra={"code": error.code.value})
+            if self._failure is None:
+                _LOG.error("tick failed", extra={"code": error.code.value})
+            self._failure = error.code.value
         self._metrics.show_runs(self._dispatcher.runs)
 
     def _end_children(self) -> None:

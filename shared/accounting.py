@@ -50,9 +50,9 @@ class Mechanism:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.sample_rate <= 1.0:
-            raise PlanError(f"sample_rate must lie in (0, 1], not {self.sample_rate}.")
+            raise PlanError(f"sample-rate must lie in (0, 1], not {self.sample_rate}.")
         if not 0.0 <= self.noise_multiplier < math.inf:
-            raise PlanError(f"noise_multiplier must be zero or positive, not {self.noise_multiplier}.")
+            raise PlanError(f"noise-multiplier must be zero or positive, not {self.noise_multiplier}.")
         if self.steps < 1:
             raise PlanError(f"A mechanism needs at least one step, not {self.steps}.")
 

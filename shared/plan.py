@@ -6,8 +6,9 @@ A plan is public. Its digest names the run's rules; a site refuses a message who
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from shared.accounting import MAX_NOISE_MULTIPLIER, Mechanism, epsilon_of
@@ -42,6 +43,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
 }
 """Beyond these a plan is a mistake or an attack: a bound so small that its noise rounds to nothing, a batch that
 exhausts memory when somebody is sampled and not when nobody is."""
+_KINDS: dict[Any, str] = {str: "a text", int: "a whole number", float: "a number"}
 _LEAST_NOISE = 0.05
 _MOST_STEPS, _MOST_LOSS = 1_000_000, 25.0
 """What a plan may ask of the accountant: beyond these it would fill gigabytes for minutes, to refuse in the end."""
@@ -141,10 +143,20 @@ class RunPlan:
 
         A median or trimmed mean of n needs n ≥ 2f + 1; Krum's theorem needs n ≥ 2f + 3 (Blanchard et al., 2017).
         """
+        return self.quorum_beside(0)
+
+    def quorum_beside(self, faulty: int) -> int:
+        """Return the quorum when ``faulty`` replies of a round were found out and dropped.
+
+        Of the f sites that the strategy withstands those are not among the rest any more. Without this, one hostile
+        site of the fewest that Krum needs could end a run by sending what is sure to be dropped. More than f faulty
+        ones break the assumption, and nothing is made easier.
+        """
+        hidden = self.byzantine_sites - (faulty if faulty <= self.byzantine_sites else 0)
         if self.strategy in _MAJORITY:
-            return max(self.min_sites, 2 * self.byzantine_sites + 1)
+            return max(self.min_sites, 2 * hidden + 1)
         if self.strategy in _KRUM:
-            return max(self.min_sites, 2 * self.byzantine_sites + 3)
+            return max(self.min_sites, 2 * hidden + 3)
         return self.min_sites
 
     def learning_rate_in(self, round_number: int) -> float:
@@ -203,18 +215,23 @@ class RunPlan:
         types = {field.name: field.type for field in fields(cls)}
         if unknown := sorted(set(values) - set(types)):
             raise PlanError(f"The plan has unknown fields: {', '.join(unknown)}.")
+        if missing := [field.name for field in fields(cls) if field.default is MISSING and field.name not in values]:
+            raise PlanError(as_written(f"The plan lacks {', '.join(missing)}."))
         clean: dict[str, Any] = {}
         for name, value in values.items():
             accepted = (int, float) if types[name] is float else (types[name],)
             if not isinstance(value, accepted) or isinstance(value, bool):  # type: ignore[arg-type]
-                raise PlanError(f"The plan's {name} has the wrong type.")
+                raise PlanError(as_written(f"The plan's {name} has the wrong type: it must be {_KINDS[types[name]]}."))
             clean[name] = float(value) if types[name] is float else value
-        try:
-            return cls(**clean)
-        except TypeError as error:
-            raise PlanError("The plan lacks a field that has no default.") from error
+        return cls(**clean)
+
+
+def as_written(sentence: str) -> str:
+    """Return a sentence with the plan's fields spelt as people write them in a file: ``deadline-s``."""
+    names = sorted((field.name for field in fields(RunPlan) if "_" in field.name), key=len, reverse=True)
+    return re.sub(rf"\b({'|'.join(names)})\b", lambda found: found[0].replace("_", "-"), sentence)
 
 
 def _require(holds: bool, sentence: str) -> None:
     if not holds:
-        raise PlanError(f"The plan is impossible: {sentence}.")
+        raise PlanError(as_written(f"The plan is impossible: {sentence}."))

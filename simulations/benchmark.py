@@ -323,7 +323,7 @@ def as_markdown(rows: Sequence[Measurement]) -> str:
     return "\n".join(lines)
 
 
-def document(path: Path, table: str) -> None:
+def document(path: Path, table: str, marks: tuple[str, str] = _MARKS) -> None:
     """Put the table, with the machine that measured it, between the marks of a document.
 
     Raises:
@@ -331,10 +331,10 @@ def document(path: Path, table: str) -> None:
     """
     with storage_errors(path):
         text = path.read_text(encoding="utf-8")
-    before, start, rest = text.partition(_MARKS[0])
-    _, end, after = rest.partition(_MARKS[1])
+    before, start, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not end:
-        raise StorageError(f"{path} has no line {_MARKS[0]} with {_MARKS[1]} after it.")
+        raise StorageError(f"{path} has no line {marks[0]} with {marks[1]} after it.")
     write_atomic(path, f"{before}{start}\n\nMeasured on: {machine()}\n\n{table}\n\n{end}{after}".encode())
 
 

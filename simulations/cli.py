@@ -133,7 +133,7 @@ def run(
         _show(start(simulation, out, display), out)
 
 
-@app.command()
+@app.command(epilog="Example:  fedward-sim generate --sites 4 --seed 7 --out hospitals")
 def generate(
     out: Annotated[Path, typer.Option(help="New folder; one sub-folder per hospital.")],
     task: Annotated[str, typer.Option(help="Whose data to make.")] = "nodule-classification",
@@ -164,7 +164,7 @@ def generate(
         _CONSOLE.print(str(folder), highlight=False, markup=False)
 
 
-@app.command()
+@app.command(epilog="Example:  fedward-sim deal slices.npz --sites 4 --seed 7 --out hospitals")
 def deal(
     archive: Annotated[Path, typer.Argument(help="NumPy archive of real LIDC nodule slices.")],
     out: Annotated[Path, typer.Option(help="New folder; one prepared hospital each, for 'run --data'.")],
@@ -182,7 +182,7 @@ def deal(
 app.command(epilog=_SYNTHESISE_EXAMPLES)(synthesise)
 
 
-@app.command()
+@app.command(epilog="Example:  fedward-sim bench --models lungctnet,gru --json bench.json")
 def bench(
     models: Annotated[
         str, typer.Option(help="Comma-separated: lungctnet, unet, discriminator, ct-discriminator, lstm, gru.")
@@ -210,7 +210,7 @@ def bench(
         document(into, table)
 
 
-@app.command()
+@app.command(epilog="Example:  fedward-sim bench-run --data hospitals/site-1 --data hospitals/site-2 --rounds 5")
 def bench_run(
     data: Annotated[list[Path], typer.Option(help="A prepared hospital; repeat for each.")],
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each variant.")] = 5,

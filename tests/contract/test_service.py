@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -16,6 +17,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from server.config import ServerConfig, free_ports
 from server.control import Control
+from server.members import Member
+from server.planning import PlanRequest, agree_plan
+from server.runs import submit
+from shared.telemetry import health_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 120.0
@@ -149,6 +154,22 @@ def test_a_run_without_sites_fails_and_says_so(service: Service) -> None:
     assert "run-1 failed after 0 of 2 rounds (quorum-lost): " in run.stderr
     assert "Traceback" not in run.stderr
     assert '"code": "quorum-lost"' in call("logs", service.path, "run-1").stdout
+
+
+def test_health_names_a_run_that_cannot_be_followed(service: Service, tmp_path: Path) -> None:
+    plan = agree_plan(PlanRequest("nodule-classification", 8.0, 1e-3, {}), [Member("h1", "k", 200)], None)
+    made = submit(tmp_path, plan, "skewed", None).path
+    with sqlite3.connect(made / "registry.sqlite") as database:
+        database.execute("UPDATE runs SET plan = json_set(plan, '$.surprise', 1)")
+    made.rename(service.path / "runs" / "skewed")  # so that the service never sees it whole
+    until(lambda: health_of(service.config.health_port).get("trouble") == "skewed: storage-failed", "named")
+    assert health_of(service.config.health_port)["ok"] is False
+    assert call("status", service.path, "--healthy").returncode == 1
+    shown = call("status", service.path)
+    assert shown.returncode == 0
+    assert "skewed was made by another version" in shown.stdout
+    (service.path / "runs" / "skewed").rename(tmp_path / "aside")
+    until(lambda: service.health().get("ok"), "well again")
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])

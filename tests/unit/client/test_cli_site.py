@@ -120,6 +120,20 @@ def test_a_refused_init_leaves_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_the_declared_number_and_the_key_can_be_changed(
+    site: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = (site / "site.pub").read_text()
+    assert call(monkeypatch, "declare", site, 300) == 0
+    assert (site / "site.pub").read_text() == before.replace("=200", "=300")
+    assert "h1 declares 300 patients, with max-delta 0.000333333. Send" in capfd.readouterr().out
+    assert call(monkeypatch, "new-key", site) == 0
+    assert (site / "site.pub").read_text().split()[1] != before.split()[1]
+    assert "revokes the site and then enrols it anew" in capfd.readouterr().out
+    assert call(monkeypatch, "declare", site, 0) == 2
+    assert call(monkeypatch, "declare", site / "nowhere", 300) == 1
+
+
 def test_a_half_made_site_does_not_appear(
     tmp_path: Path, authority: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,6 +189,10 @@ def test_from_intake_to_a_verified_ledger(
     assert books["epsilon"] == pytest.approx(opened.ledger.epsilon(opened.policy.max_delta))
     assert books["remaining"] == pytest.approx(8.0 - books["epsilon"])
     assert {point["delta"] for point in books["epsilon_at_delta"]} == {PLAN.delta, opened.policy.max_delta}
+    assert call(monkeypatch, "ledger", site) == 0
+    (row,) = [line for line in capfd.readouterr().out.splitlines() if f"{'a' * 16}/run" in line]
+    (release,) = books["releases"]  # whole, though no terminal shows it
+    assert all(str(release[key]) in row for key in ("task", "reserved_at", "committed_at"))
     assert call(monkeypatch, "ledger", site) == 0
     assert "max-epsilon 8 left" in capfd.readouterr().out
 
@@ -288,6 +306,11 @@ def test_predictions_are_the_models_and_stay_with_their_patients(
     told = [by_patient[key.tobytes().hex()] for key in store.keys]
     np.testing.assert_allclose(told, expected.numpy(), atol=1e-5)
 
+    sidecar = saved.path.with_suffix(".json")
+    sidecar.rename(tmp_path / "aside.json")
+    assert call(monkeypatch, "predict", saved.path, dicom, "--out", out) == 1
+    assert "round-00001.json is missing, which says what round-00001.safetensors is." in capfd.readouterr().err
+    (tmp_path / "aside.json").rename(sidecar)
     saved.path.write_bytes(saved.path.read_bytes()[:-1] + b"\x01")
     assert call(monkeypatch, "predict", saved.path, dicom, "--out", out) == 1
     assert "was changed after it was written" in capfd.readouterr().err

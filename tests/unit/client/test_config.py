@@ -13,11 +13,12 @@ from client.config import COMMENTS, SitePolicy, is_address, is_name
 from client.hours import Hours
 from shared.errors import PolicyError
 
-MINIMAL = 'name = "h1"\ndeclared-patients = 200\ntasks = ["t"]\nmax-epsilon = 8.0\n'
+MINIMAL = 'name = "h1"\ndeclared-patients = 200\ntasks = ["nodule-classification"]\nmax-epsilon = 8.0\n'
 
 
 def test_every_key_is_written_with_its_comment(tmp_path: Path) -> None:
-    policy = SitePolicy(name="h1", declared_patients=200, tasks=("t",), max_epsilon=8.0, server="a.example:9092")
+    tasks = ("glucose-forecast", "nodule-classification")
+    policy = SitePolicy(name="h1", declared_patients=200, tasks=tasks, max_epsilon=8.0, server="a.example:9092")
     policy.write(tmp_path / "site.toml")
     text = (tmp_path / "site.toml").read_text()
     keys = {field.name.replace("_", "-") for field in fields(SitePolicy)}
@@ -56,6 +57,20 @@ def test_max_delta_is_by_default_a_tenth_of_one_over_the_patients(tmp_path: Path
 def test_a_wrong_key_is_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / "site.toml").write_text(MINIMAL + line)
     with pytest.raises(PolicyError, match=r"site\.toml is wrong"):
+        SitePolicy.read(tmp_path / "site.toml")
+
+
+@pytest.mark.parametrize("key", ["name", "declared-patients", "tasks", "max-epsilon"])
+def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
+    kept = [line for line in MINIMAL.splitlines() if not line.startswith(f"{key} ")]
+    (tmp_path / "site.toml").write_text("\n".join(kept))
+    with pytest.raises(PolicyError, match=rf"site\.toml lacks {key}\."):
+        SitePolicy.read(tmp_path / "site.toml")
+
+
+def test_a_task_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    (tmp_path / "site.toml").write_text(MINIMAL.replace('["nodule', '["no-such-task", "nodule'))
+    with pytest.raises(PolicyError, match=r"site\.toml permits tasks that are not installed here: no-such-task\."):
         SitePolicy.read(tmp_path / "site.toml")
 
 

@@ -12,6 +12,7 @@ from server import cli
 from server.checkpoints import save_checkpoint
 from server.registry import COMPLETED, RoundRow
 from server.runs import find_run
+from shared.errors import ErrorCode, FederationError
 from shared.tasks.registry import find_task
 
 
@@ -32,6 +33,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "h1.pub").write_bytes(key + b" h1 declared-patients=200\n")
     assert call(monkeypatch, "enrol", folder, str(tmp_path / "h1.pub"), "--name", "h1") == 0
     (tmp_path / "plan.toml").write_text('task = "nodule-classification"\nrounds = 2\nepsilon = 8.0\n')
+    (tmp_path / "krum.toml").write_text((tmp_path / "plan.toml").read_text() + 'strategy = "krum"\n')
     return folder
 
 
@@ -45,7 +47,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         (["enrol", "SRV", "TMP/plan.toml"], "is no site.pub"),
         (["enrol", "SRV", "TMP/nothing.pub"], "nothing.pub"),
         (["enrol", "TMP", "TMP/h1.pub"], "holds no aggregator"),
+        (["enrol", "SRV", "TMP/srv/ca.key"], "is a private key, which must never leave its hospital"),
         (["revoke", "SRV", "h2"], "No site called h2"),
+        (["run", "SRV", "TMP/krum.toml"], "krum needs 5 sites; 1 are enrolled"),
         (["sites", "TMP"], "holds no aggregator"),
         (["start", "TMP"], "holds no aggregator"),
         (["run", "SRV", "TMP/nothing.toml"], "nothing.toml"),
@@ -116,6 +120,37 @@ def test_sites_are_shown_for_people_and_scripts(
     assert call(monkeypatch, "revoke", server, "h1") == 0
     assert call(monkeypatch, "sites", server) == 0
     assert "revoked" in capfd.readouterr().out
+
+
+def test_another_declared_number_is_taken_between_runs(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    key = tmp_path / "h1.pub"
+    key.write_text(key.read_text().replace("=200", "=300"))
+    assert call(monkeypatch, "run", server, str(tmp_path / "plan.toml")) == 0
+    capfd.readouterr()
+    assert call(monkeypatch, "enrol", server, str(key)) == 1
+    assert "wait until no run goes on, or stop them: run-1" in capfd.readouterr().err
+    assert call(monkeypatch, "stop", server, "run-1") == 0
+    assert call(monkeypatch, "enrol", server, str(key)) == 0
+    assert "h1 declares 300 patients from now on; before, 200." in capfd.readouterr().out
+    capfd.readouterr()
+    assert call(monkeypatch, "sites", server, "--json") == 0
+    assert [row["declared_patients"] for row in json.loads(capfd.readouterr().out)] == [300]
+
+
+def test_the_table_says_why_a_run_failed_and_is_whole_in_a_pipe(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    name = "a-name-that-is-long-" + "x" * 40
+    assert call(monkeypatch, "run", server, str(tmp_path / "plan.toml"), "--name", name) == 0
+    find_run(Path(server), name).fail(FederationError("Two of three hospitals refused.", ErrorCode.QUORUM_LOST))
+    for arguments in (["status", server], ["status", server, name]):
+        capfd.readouterr()
+        assert call(monkeypatch, *arguments) == 0
+        said = capfd.readouterr().out
+        assert f"{name} failed after 0 of 2 rounds (quorum-lost): Two of three hospitals refused." in said
+        assert any(name in line and "nodule-classification" in line and "0/2" in line for line in said.splitlines())
 
 
 @pytest.mark.parametrize("arguments", [["fly"], ["init", "x"], ["run"]])

@@ -52,6 +52,14 @@ def test_a_wrong_setting_is_named(tmp_path: Path, line: str, said: str) -> None:
         ServerConfig.read(tmp_path)
 
 
+@pytest.mark.parametrize("key", ["names", "fleet-address", "fleet-port", "control-port", "health-port"])
+def test_a_missing_setting_is_named(tmp_path: Path, key: str) -> None:
+    kept = [line for line in CONFIG.to_toml().splitlines() if not line.startswith(f"{key} ")]
+    (tmp_path / "server.toml").write_text("\n".join(kept))
+    with pytest.raises(PlanError, match=rf"server\.toml lacks {key}\."):
+        ServerConfig.read(tmp_path)
+
+
 def test_init_makes_a_folder_once(tmp_path: Path, make_nodule_store: Callable[..., RecordStore]) -> None:
     make_nodule_store(tmp_path / "heldout")
     config = make_server(tmp_path / "srv", ["localhost", "10.0.0.1", "localhost"], 9092, tmp_path / "heldout")

@@ -5,7 +5,7 @@ from threading import Thread
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -104,6 +104,36 @@ def test_the_option_fills_in_for_the_key_and_must_not_contradict_it(tmp_path: Pa
     assert members.enrol(SiteKey("k3", "h3", 5), None, 5).declared_patients == 5
     with pytest.raises(ProtocolError, match="No site called h2"):
         members.revoke("h2")
+
+
+def test_the_declared_number_changes_between_runs_only(tmp_path: Path) -> None:
+    members, key = Members(tmp_path), SiteKey(KEY, "h1", 300)
+    assert members.redeclare(key, None, None, []) is None
+    members.enrol(SiteKey(KEY, "h1", 200), None, None)
+    members.enrol(SiteKey(new_key(), "h2", 300), None, None)
+    with pytest.raises(
+        ProtocolError, match=r"enrolled with 200 .* to 300, wait until no run goes on.*: pilot, run-1\."
+    ):
+        members.redeclare(key, None, None, ["run-1", "pilot"])
+    assert [member.declared_patients for member in members.all()] == [200, 300]
+    before = members.redeclare(key, None, None, [])
+    assert before is not None
+    assert before.declared_patients == 200
+    assert [(member.name, member.declared_patients) for member in members.all()] == [("h1", 300), ("h2", 300)]
+    assert members.redeclare(key, None, None, ["run-1"]) is None, "nothing is to be changed"
+    with pytest.raises(ProtocolError, match="declares 300 patients, not 5"):
+        members.redeclare(key, None, 5, [])
+    assert members.redeclare(SiteKey(KEY, None, 400), "h2", None, []) is None, "that name has another key"
+    members.revoke("h1")
+    assert members.redeclare(SiteKey(KEY, "h1", 400), None, None, []) is None
+    assert members.all()[0].declared_patients == 300
+
+
+def test_a_private_key_is_told_apart(tmp_path: Path) -> None:
+    private = ec.generate_private_key(ec.SECP384R1()).private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+    (tmp_path / "site.key").write_bytes(private)
+    with pytest.raises(ProtocolError, match=r"private key, which must never leave its hospital.*sends the site\.pub"):
+        read_site_key(tmp_path / "site.key")
 
 
 def test_enrolments_at_the_same_time_are_all_kept(tmp_path: Path) -> None:

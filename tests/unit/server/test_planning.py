@@ -45,11 +45,25 @@ def test_any_other_field_may_be_set_in_kebab_case() -> None:
         ({"noise-multiplier": 1.0}, "epsilon sets it"),
         ({"init": "x"}, "--init"),
         ({"min-sites": 4}, "asks for 4 sites; 3 are enrolled"),
+        ({"strategy": "krum"}, "byzantine-sites = 1, krum needs 5 sites; 3 are enrolled"),
+        ({"strategy": "multi-krum", "byzantine-sites": 2}, "multi-krum needs 7 sites"),
+        ({"strategy": "trimmed-mean", "byzantine-sites": 2}, "trimmed-mean needs 5 sites"),
+        ({"strategy": "median", "byzantine-sites": 2}, "median needs 5 sites"),
+        ({"deadline-s": 0}, "deadline-s must lie"),
+        ({"deadline-s": "soon"}, "deadline-s has the wrong type"),
     ],
 )
 def test_a_bad_plan_is_one_sentence(change: dict[str, Any], said: str) -> None:
     with pytest.raises(PlanError, match=said):
         agree_plan(parse_plan_request({**LEAST, **change}), MEMBERS, None)
+
+
+def test_a_robust_strategy_is_taken_with_as_many_sites_as_it_needs() -> None:
+    for strategy, sites in (("median", 3), ("trimmed-mean", 3), ("krum", 5), ("multi-krum", 5)):
+        members = [Member(f"h{n}", f"k{n}", 100) for n in range(sites)]
+        assert agree_plan(parse_plan_request({**LEAST, "strategy": strategy}), members, None).quorum == sites
+        with pytest.raises(PlanError, match=f"{strategy} needs {sites} sites; {sites - 1} are enrolled"):
+            agree_plan(parse_plan_request({**LEAST, "strategy": strategy}), members[1:], None)
 
 
 @pytest.mark.parametrize("missing", ["task", "epsilon"])

@@ -392,6 +392,24 @@ def test_one_hostile_site_of_five_hardly_moves_a_robust_run(tmp_path: Path, stra
     assert np.abs(ends[0] - ends[1]).mean() < 0.07  # as far apart as two honest sites after two rounds
 
 
+@pytest.mark.parametrize("sites", [3, 4, 5])
+@pytest.mark.parametrize("strategy", ["median", "trimmed-mean", "krum", "multi-krum"])
+def test_a_hostile_site_whose_replies_are_dropped_neither_ends_nor_moves_a_robust_run(
+    tmp_path: Path, strategy: str, sites: int
+) -> None:
+    plan = replace(PLAN, strategy=strategy)
+    answers = {number: towards(number) for number in range(1, sites)}
+    answers[sites] = twisted(lambda reply: replace(reply, weights=reply.weights * np.float32(1e4)))
+    if sites < plan.quorum:
+        with pytest.raises(FederationError, match="sites that the plan requires"):
+            run_federation(ScriptedGrid(answers, sites), job(tmp_path, plan))
+        return
+    run_federation(ScriptedGrid(answers, sites), job(tmp_path, plan))
+    expected = {f"site-{number}": OK for number in range(1, sites)} | {f"site-{sites}": "update-too-large"}
+    assert outcomes(tmp_path) == [expected] * 2
+    assert np.abs(final_weights(tmp_path)).max() < 1.0  # what halfway to honest sites' weights of deviation 0.1 is
+
+
 def test_patience_ends_a_run_that_no_longer_gains(
     tmp_path: Path, make_nodule_store: Callable[..., RecordStore]
 ) -> None:

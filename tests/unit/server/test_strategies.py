@@ -123,6 +123,55 @@ def test_one_hostile_site_of_five_hardly_moves_a_robust_strategy(name: str, atta
     assert np.abs(ordinary - clean).mean() > 5 * np.abs(poisoned - clean).mean()
 
 
+NOISE_SD, LARGE = 0.06, 20_000
+"""About what epsilon 8 adds to each of LungCTNet's weights in a round of a hundred patients; they are smaller."""
+ATTACKS = {
+    "x1000": lambda w: w * np.float32(1000),
+    "flipped": lambda w: -w,
+    "away": lambda w: w + np.float32(50),
+    "random": lambda w: np.random.default_rng(9).normal(0.0, 1.0, len(w)).astype(np.float32),
+}
+
+
+def under_noise(attack: str, seed: int) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+    """Return global weights, four honest replies of mostly noise, and the hostile one."""
+    generator = np.random.default_rng(seed)
+    weights = generator.normal(0.0, 0.03, LARGE).astype(np.float32)
+    drift = generator.normal(0.0, 0.005, LARGE)
+    replies = [(weights + drift + generator.normal(0.0, NOISE_SD, LARGE)).astype(np.float32) for _ in range(5)]
+    return weights, replies[:4], ATTACKS[attack](replies[4])
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("name", ROBUST)
+def test_under_privacys_noise_one_hostile_site_of_five_cannot_leave_the_honest_ones_range(
+    name: str, attack: str, seed: int
+) -> None:
+    weights, replies, hostile = under_noise(attack, seed)
+    result = aggregate(replace(PLAN, strategy=name), weights, [*replies[:2], hostile, *replies[2:]])
+    low, high = np.min(replies, axis=0), np.max(replies, axis=0)
+    assert (result >= low - 1e-5).all()
+    assert (result <= high + 1e-5).all()
+    if name == "krum":
+        assert min(np.abs(result - reply).max() for reply in replies) < 1e-5, "it takes one of the honest replies"
+    if name == "multi-krum":
+        np.testing.assert_allclose(result, np.mean(np.float64(replies), axis=0), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["median", "trimmed-mean"])
+def test_what_hides_in_the_noise_moves_a_median_and_not_multi_krum(name: str) -> None:
+    """The limit that docs/security.md states: within that range a hostile site can push every weight the same way."""
+    weights, replies, hostile = under_noise("flipped", 1)
+
+    def shrunk(strategy: str) -> float:
+        result = aggregate(replace(PLAN, strategy=strategy), weights, [*replies, hostile])
+        return float(1.0 - result @ weights / (weights @ weights))
+
+    assert shrunk(name) > 0.1
+    assert abs(shrunk("multi-krum")) < 0.03
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_the_order_of_replies_does_not_matter(name: str) -> None:
     plan, weights = replace(PLAN, strategy=name), start()

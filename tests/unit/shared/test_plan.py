@@ -1,5 +1,5 @@
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import pytest
@@ -87,16 +87,34 @@ def test_the_quorum_is_what_the_strategy_needs_to_withstand_hostile_sites() -> N
     assert replace(PLAN, strategy="krum", min_sites=9).quorum == 9
 
 
+@pytest.mark.parametrize(("strategy", "more"), [("median", 1), ("trimmed-mean", 1), ("krum", 3), ("multi-krum", 3)])
+def test_what_was_dropped_as_faulty_no_longer_hides_among_the_rest(strategy: str, more: int) -> None:
+    plan = replace(PLAN, strategy=strategy, byzantine_sites=2, min_sites=2)
+    assert [plan.quorum_beside(faulty) for faulty in range(4)] == [4 + more, max(2 + more, 2), max(more, 2), 4 + more]
+    assert replace(plan, min_sites=6).quorum_beside(2) == 6
+    assert replace(plan, strategy="fedavg").quorum_beside(1) == 2
+
+
 def test_a_proximal_pull_that_overshoots_is_refused() -> None:
     with pytest.raises(PlanError, match="overshoots"):
         replace(PLAN, strategy="fedprox", learning_rate=0.5, proximal_mu=3.0)
     assert replace(PLAN, strategy="fedavg", learning_rate=0.5, proximal_mu=3.0).proximal_mu == 3.0
 
 
+@pytest.mark.parametrize("name", [field.name for field in fields(RunPlan) if "_" in field.name])
+def test_sentences_name_fields_as_files_do(name: str) -> None:
+    wrong: tuple[object, ...] = ("text", -1.0, -1)
+    for value in wrong:
+        with pytest.raises(PlanError) as caught:
+            RunPlan.from_mapping({**asdict(PLAN), name: value})
+        assert name.replace("_", "-") in str(caught.value)
+        assert name not in str(caught.value)
+
+
 def test_unknown_and_missing_fields_are_named() -> None:
     with pytest.raises(PlanError, match="unknown fields: surprise"):
         RunPlan.from_mapping({**asdict(PLAN), "surprise": 1})
-    with pytest.raises(PlanError, match="lacks a field"):
+    with pytest.raises(PlanError, match="lacks rounds"):
         RunPlan.from_mapping({"task": "x"})
 
 
