@@ -148,7 +148,7 @@ def test_a_connected_node_whose_message_is_lost_unnoticed_is_asked_again_less_an
 
 def test_the_first_of_two_answers_counts_and_the_other_is_no_longer_pulled() -> None:
     grid = Nodes({1: [silent, answers], 2: [silent]})
-    question = replace(QUESTION, deadline_s=0.3)
+    question = replace(QUESTION, deadline_s=1.2)
     outcome = ask(grid, replace(QUICK, silent_s=0.05), quorum=2, question=question)
     assert outcome == Outcome([(1, False)], {2: LATE})
     own = {name for name, node in grid.sent if node == 1}
