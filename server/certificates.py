@@ -47,6 +47,25 @@ def make_certificates(folder: Path, names: Sequence[str]) -> None:
         write_atomic(folder / name, public.public_bytes(serialization.Encoding.PEM))
 
 
+def renew_certificate(folder: Path, names: Sequence[str] = ()) -> datetime.datetime:
+    """Write a new ``server.crt`` for the key that is there, by the same authority; return when it ends, in UTC.
+
+    Args:
+        folder: The aggregator's.
+        names: As of :func:`make_certificates`; those of the certificate that is there if none are given.
+
+    Raises:
+        PlanError: If a name is neither a DNS name nor an address.
+        StorageError: If a key or certificate cannot be read or written.
+    """
+    authority, present = _read_certificate(folder / "ca.crt"), _read_certificate(folder / "server.crt")
+    ca_key, key = _read_key(folder / "ca.key"), _read_key(folder / "server.key")
+    alternatives = present.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    certificate = _server(key, authority, ca_key, names or [str(alternative.value) for alternative in alternatives])
+    write_atomic(folder / "server.crt", certificate.public_bytes(serialization.Encoding.PEM))
+    return certificate.not_valid_after_utc
+
+
 def write_secret(path: Path, content: bytes) -> None:
     """Write a new file that nobody else may read, not even while it is being written.
 
@@ -68,10 +87,24 @@ def expires(path: Path) -> datetime.datetime:
     Raises:
         StorageError: If there is no certificate.
     """
+    return _read_certificate(path).not_valid_after_utc
+
+
+def _read_certificate(path: Path) -> x509.Certificate:
     try:
-        return x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
+        return x509.load_pem_x509_certificate(path.read_bytes())
     except (OSError, ValueError) as error:
         raise StorageError(f"{path} is no readable certificate. Restore it from the back-up.") from error
+
+
+def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as error:
+        raise StorageError(f"{path} is no readable private key. Restore it from the back-up.") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise StorageError(f"{path} holds a key of another kind. Restore it from the back-up.")
+    return key
 
 
 def _authority(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:

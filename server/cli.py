@@ -84,6 +84,22 @@ def init(
     _say(f"Settings are in {server / SETTINGS}. Back up the whole folder; it holds private keys.")
 
 
+@app.command(epilog="Examples:\n\n  fedward-server renew srv\n\n  fedward-server renew srv --name fedward.example.org")
+def renew(
+    server: Server,
+    name: Annotated[
+        list[str] | None, typer.Option(help="DNS name or address; repeat for each. Default: the present ones.")
+    ] = None,
+) -> None:
+    """Renew the aggregator's certificate, or change its names; no hospital has to do anything."""
+    from server.certificates import renew_certificate
+    from server.config import ServerConfig
+
+    ServerConfig.read(server)
+    _say(f"{server / 'server.crt'} is valid until {renew_certificate(server, name or ()):%Y-%m-%d}.")
+    _say("A running service takes it up when it is restarted; rounds that are under way go on.")
+
+
 @app.command(epilog=_ENROL_EXAMPLES)
 def enrol(
     server: Server,

@@ -12,7 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from server.certificates import expires, make_certificates, write_secret
+from server.certificates import expires, make_certificates, renew_certificate, write_secret
 from shared.errors import PlanError, StorageError
 
 
@@ -83,3 +83,23 @@ def test_a_secret_is_never_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "x.key").read_bytes() == b"one"
     with pytest.raises(StorageError):
         expires(tmp_path / "x.key")
+
+
+def test_a_renewed_certificate_serves_hospitals_that_know_the_authority(tmp_path: Path) -> None:
+    make_certificates(tmp_path, ["fedward.example.org", "10.0.0.7"])
+    key, before = (
+        (tmp_path / "server.key").read_bytes(),
+        x509.load_pem_x509_certificate((tmp_path / "server.crt").read_bytes()),
+    )
+    assert renew_certificate(tmp_path) == expires(tmp_path / "server.crt") >= before.not_valid_after_utc
+    after = x509.load_pem_x509_certificate((tmp_path / "server.crt").read_bytes())
+    assert after.serial_number != before.serial_number
+    assert (tmp_path / "server.key").read_bytes() == key
+    assert shake_hands(tmp_path, tmp_path / "ca.crt", "fedward.example.org") == "TLSv1.3"
+    renew_certificate(tmp_path, ["other.example.org"])
+    assert shake_hands(tmp_path, tmp_path / "ca.crt", "other.example.org") == "TLSv1.3"
+    with pytest.raises(ssl.SSLCertVerificationError):
+        shake_hands(tmp_path, tmp_path / "ca.crt", "fedward.example.org")
+    (tmp_path / "ca.key").write_text("not a key")
+    with pytest.raises(StorageError, match=r"ca\.key is no readable private key"):
+        renew_certificate(tmp_path)
