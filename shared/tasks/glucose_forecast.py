@@ -70,11 +70,16 @@ def readings_at(store: RecordStore, rows: Rows, history: int = HISTORY) -> Tenso
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return each patient's mean pinball loss ``(B,)``, in units of ``GLUCOSE_SCALE``."""
-    readings, path = batch["readings"], batch["path"]
-    quantiles = model(readings.flatten(0, 1))
+    path = batch["path"]
+    each = pinball_loss(model(batch["readings"].flatten(0, 1)), path.flatten(0, 1))
+    return each.view(path.shape[:2]).mean(dim=1)
+
+
+def pinball_loss(quantiles: Tensor, path: Tensor) -> Tensor:
+    """Return each window's pinball loss ``(W,)`` of quantiles ``(W, HORIZON, 3)``, in units of ``GLUCOSE_SCALE``."""
     levels = quantiles.new_tensor(QUANTILES)
-    above = (path.flatten(0, 1)[..., None] - quantiles) / GLUCOSE_SCALE
-    return torch.maximum(levels * above, (levels - 1.0) * above).mean(dim=(1, 2)).view(path.shape[:2]).mean(dim=1)
+    above = (path[..., None] - quantiles) / GLUCOSE_SCALE
+    return torch.maximum(levels * above, (levels - 1.0) * above).mean(dim=(1, 2))
 
 
 @torch.no_grad()

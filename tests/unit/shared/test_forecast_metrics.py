@@ -16,7 +16,8 @@ from shared.forecast_metrics import ZONES, by_part, clarke_zones, judge, parkes_
 # are those that two published implementations give: for Clarke where methcomp 1.0 (Python, MIT licence) and ega 1.0 (R,
 # CRAN) agree, for Parkes ega's off the lines and both's on them. An empty cell is a point that they put into different
 # zones: on Clarke's horizontal line at 70 and for a reference of 58.3 to 70 (ega changed its rule later), on Parkes'
-# lines, where ega takes the worse zone at vertical ones, and on the last line of type 1, which methcomp draws elsewhere.
+# lines, where ega takes the worse zone at vertical ones, and on the last line of type 1, which methcomp draws
+# elsewhere.
 GOLDEN = Path(__file__).parents[2] / "golden" / "error_grids.csv"
 # Boundary points with the zones that the rules of the R package ega 2.0 and of the Python package methcomp give.
 CLARKE = [
