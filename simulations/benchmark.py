@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from shared.dp.memory import keep_freed_memory
 from shared.dp.noise import SeededNoise
-from shared.dp.step import PrivateStep, padded_parts
+from shared.dp.step import PrivateStep, padded_parts, patients_at_once
 from shared.errors import PlanError, StorageError
 from shared.files import storage_errors, write_atomic
 from shared.models.cnn import LungCTNet
@@ -35,7 +35,7 @@ from shared.models.recurrent import Forecaster, GlucoseForecaster
 from shared.models.unet import UNet
 from shared.tasks.base import Batch
 from shared.tasks.cgm_windows import HORIZON
-from shared.tasks.glucose_forecast import HISTORY, pinball_loss
+from shared.tasks.glucose_forecast import HISTORY, TASK, pinball_loss
 
 _WARM_UP = 3
 _RATE = 0.01
@@ -289,7 +289,8 @@ def _bookkeeping(case: Case, inputs: Tensor, targets: Tensor) -> Step:
     )
     parts = [whole]
     if case.records > 1:
-        parts = list(padded_parts(torch.arange(len(whole)), case.records, partial(_chosen, whole)))
+        size = patients_at_once(case.records, TASK.records_at_once, len(whole))
+        parts = list(padded_parts(torch.arange(len(whole)), size, partial(_chosen, whole)))
     return lambda: step(parts)
 
 
