@@ -1,10 +1,11 @@
 """Public weights that a glucose run starts from: ``python -m simulations.warm_start glucose-forecast``.
 
 What is learnt from nobody costs no privacy. The start is trained on two kinds of made-up records: the simulated
-cohort (with its meals and insulin), and random processes that wander, dip and rise at many speeds and are seen
-through sensors of many noises and smoothings, so that the network learns to tell from the readings how far their
-slope can be trusted. The files in ``simulations/starts`` are its output with the defaults; on another machine floating
-point makes them a little different, which is why they are kept and named by their SHA-256.
+cohort (with its meals and insulin, and doses that nobody would give, for only they show what insulin does), and random
+processes that wander, dip and rise at many speeds and are seen through sensors of many noises and smoothings, so that
+the network learns to tell from the readings how far their slope can be trusted. The files in ``simulations/starts``
+are its output with the defaults; on another machine floating point makes them a little different, which is why they
+are kept and named by their SHA-256.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from shared.records import KEY_BYTES, RecordStore
 from shared.tasks.base import Batch, Task
 from shared.tasks.cgm import COVARIATES, STEP_MIN, STORE_KIND
 from shared.tasks.registry import find_task
-from simulations.generators.glucose_days import simulate_days
+from simulations.generators.glucose_days import Behaviour, simulate_days
 from simulations.generators.glucose_model import TYPES
 
 STEPS: Final = 3000
@@ -34,6 +35,9 @@ _BATCH: Final = 128
 _RATE: Final = 5e-3
 _WALKS: Final = 4000
 _COHORT, _COHORT_DAYS = 240, 4
+_LESSON: Final = Behaviour(
+    missed_meals=0.2, missed_snacks=0.5, count_error=0.5, snacks_a_day=1.0, trial_doses_a_day=2.0
+)
 _SPIN_UP: Final = 144
 _LIMITS: Final = (40.0, 400.0)
 Series = npt.NDArray[np.float64]
@@ -108,7 +112,7 @@ def seen_by_sensors(glucose: Series, rng: np.random.Generator) -> Series:
 
 def cohort_store(patients: int, rng: np.random.Generator) -> RecordStore:
     """Return some days of simulated patients; every second of them without notes of insulin and food."""
-    days = simulate_days(np.arange(patients) % len(TYPES), _COHORT_DAYS, rng)
+    days = simulate_days(np.arange(patients) % len(TYPES), _COHORT_DAYS, rng, _LESSON)
     readings = days.readings.T.astype(np.float64)
     at = np.arange(readings.shape[1])
     for row in readings:

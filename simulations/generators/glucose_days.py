@@ -67,6 +67,8 @@ class Behaviour:
         count_error: Logarithmic standard deviation of the grams that are noted and dosed for.
         snacks_a_day: At most one.
         idle_doses_a_day: Doses that no meal and no high value asked for, such as for a meal that was then not eaten.
+        trial_doses_a_day: Doses at random times given to everybody, those too who never inject: nobody's habit, but
+            from them a forecaster can learn what a dose does.
     """
 
     missed_meals: float = 0.06
@@ -74,6 +76,7 @@ class Behaviour:
     count_error: float = 0.30
     snacks_a_day: float = 0.8
     idle_doses_a_day: float = 0.1
+    trial_doses_a_day: float = 0.0
 
 
 ORDINARY: Final = Behaviour()
@@ -141,7 +144,8 @@ def _draw_habits(
         at = day * DAY_MIN + rng.uniform(600.0, 1320.0, people)
         size = _SNACK_G * np.exp(0.3 * rng.standard_normal(people))
         eat(at, np.where(rng.random(people) < behaviour.snacks_a_day, size, 0.0), behaviour.missed_snacks)
-    idle = injects & (rng.random((minutes, people)) < behaviour.idle_doses_a_day / DAY_MIN)
+    rate = behaviour.idle_doses_a_day * injects + behaviour.trial_doses_a_day
+    idle = rng.random((minutes, people)) < rate / DAY_MIN
     habits.idle_units[idle] = rng.uniform(*_IDLE_UNITS, idle.sum())
     return habits
 
@@ -179,19 +183,19 @@ def _live(physiology: Physiology, habits: _Habits, rng: np.random.Generator) -> 
             body.eat(meal, np.exp(0.25 * rng.standard_normal(people)))
         carbohydrate[step] += habits.notes_g[minute]
         excess = (body.interstitial - _TARGET_MG_DL) * per_mg_dl
-        dose = habits.idle_units[minute].astype(np.float64)
+        asked = np.zeros(people)
         if (counted := habits.boluses_for_g[minute]).any():
             correction = np.where(excess > 0, np.maximum(excess - np.maximum(body.insulin_on_board, 0.0), 0.0), excess)
-            dose += np.where(counted > 0, np.maximum(counted * per_gram + correction, 0.0), 0.0)
+            asked = np.where(counted > 0, np.maximum(counted * per_gram + correction, 0.0), 0.0)
         if minute % STEP_MIN == 0:
             awake = _AWAKE[0] <= minute % DAY_MIN <= _AWAKE[1]
-            dose += _correct(body, excess, 0.02 if awake else 0.002, rng)
+            asked += _correct(body, excess, 0.02 if awake else 0.002, rng)
             sugar = _rescue(body, rested, 0.15 if awake else 0.04, rng)
             rested = np.where(sugar > 0, _RESCUE_PAUSE_MIN, rested - STEP_MIN)
             body.drink(sugar)
             carbohydrate[step] += sugar
         # Pens and pumps dose in tenths of a unit.
-        dose = np.where(physiology.injects, np.round(dose, 1), 0.0)
+        dose = np.round(habits.idle_units[minute] + np.where(physiology.injects, asked, 0.0), 1)
         body.inject(dose)
         insulin[step] += dose
         body.step(minute % DAY_MIN)
