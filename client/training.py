@@ -26,7 +26,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from shared.dp.memory import keep_freed_memory
 from shared.dp.noise import KeyStream, NoiseSource, SecureNoise, SeededNoise
-from shared.dp.step import OrdinaryStep, PrivateStep, padded_parts
+from shared.dp.step import OrdinaryStep, PrivateStep, padded_parts, patients_at_once
 from shared.plan import FEDPROX, RunPlan
 from shared.tasks.base import Batch, PatientDataset, Task
 from shared.tasks.sampling import poisson_sample
@@ -107,18 +107,20 @@ def train_round(
         return poisson_sample(len(patients), plan.sample_rate, randomness.uniform)
 
     if plan.private:
+        expected = plan.sample_rate * declared_patients
+        size = patients_at_once(plan.records_per_patient, task.records_at_once, expected)
         step = PrivateStep(
             model,
             optimizer,
             task.loss,
             noise_multiplier=plan.noise_multiplier,
             max_grad_norm=plan.max_grad_norm,
-            expected_patients=plan.sample_rate * declared_patients,
+            expected_patients=expected,
             noise=randomness.noise,
             engine=plan.engine,
         )
         for number in range(plan.local_steps):
-            step(padded_parts(sampled(), plan.records_per_patient, partial(draw, number)))
+            step(padded_parts(sampled(), size, partial(draw, number)))
         step.close()
     else:
         ordinary = OrdinaryStep(model, optimizer, task.loss)

@@ -50,6 +50,7 @@ def quality(findings: Findings) -> Markup:
         tag("div", *figures, class_="figures"),
         _groups(findings),
         _hospitals(details),
+        _patients(details),
     )
 
 
@@ -181,6 +182,23 @@ def _hospitals(details: Mapping[str, Any]) -> Markup:
         "than those that were trained on."
     )
     return join([table(header, rows, caption="By hospital"), note])
+
+
+def _patients(details: Mapping[str, Any]) -> Markup:
+    """Return how a forecaster's error is spread over the patients of each hospital; nobody is named."""
+    spreads = {"All": details.get("rmse_30_of_patients"), **details.get("rmse_30_of_patients_by_site", {})}
+    known = {name: spread for name, spread in spreads.items() if spread}
+    if not known:
+        return Markup()
+    percentiles = list(next(iter(known.values())))
+    rows = [(name, *(number(spread.get(level), 1) for level in percentiles)) for name, spread in known.items()]
+    header = ("Hospital", *(f"{level}%" for level in percentiles))
+    note = paragraph(
+        "Each patient has one error: the root mean square over the patient's forecasts of the reading in 30 minutes, "
+        "in mg/dL. A column says below which error that share of the patients lies. Hospitals with few patients are "
+        "left out, for there a percentile would be one person's."
+    )
+    return join([table(header, rows, caption="The error at 30 minutes, by patient"), note])
 
 
 def _cases(details: Mapping[str, object]) -> Markup:

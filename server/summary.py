@@ -40,6 +40,8 @@ def summarise(record: RunRecord, checkpoint: Checkpoint | None) -> dict[str, Any
         "metrics": {**(evaluation.metrics if evaluation else {}), **({"by_site": by_site} if by_site else {})},
         "by_site": by_site,
         "worst_site": details.get("worst_site"),
+        "rmse_30_of_patients": details.get("rmse_30_of_patients"),
+        "rmse_30_of_patients_by_site": details.get("rmse_30_of_patients_by_site") or {},
         "by_group": evaluation.by_group if evaluation else {},
         "baselines": record.notes.get("baselines") or {},
         "timings": timings(record),

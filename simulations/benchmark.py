@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -25,14 +26,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from shared.dp.memory import keep_freed_memory
 from shared.dp.noise import SeededNoise
-from shared.dp.step import PrivateStep
+from shared.dp.step import PrivateStep, padded_parts, patients_at_once
 from shared.errors import PlanError, StorageError
 from shared.files import storage_errors, write_atomic
 from shared.models.cnn import LungCTNet
 from shared.models.gan import Discriminator
-from shared.models.recurrent import Forecaster
+from shared.models.recurrent import Forecaster, GlucoseForecaster
 from shared.models.unet import UNet
 from shared.tasks.base import Batch
+from shared.tasks.cgm_windows import HORIZON
+from shared.tasks.glucose_forecast import HISTORY, TASK, pinball_loss
 
 _WARM_UP = 3
 _RATE = 0.01
@@ -51,6 +54,9 @@ class Case:
         loss: Returns ``(B,)`` from outputs and targets.
         batches: Batch sizes of the full benchmark.
         images: Whether a memory layout can be chosen.
+        records: Records of a patient where there are several: then a batch counts patients, ``draw`` gets the number
+            of records, and book-keeping takes its step as training does, in padded passes of one size. Opacus clips
+            each record for itself, for it knows no patients.
     """
 
     build: Callable[[], nn.Module]
@@ -59,6 +65,7 @@ class Case:
     batches: tuple[int, ...]
     images: bool = True
     opacus: Callable[[], nn.Module] | None = None
+    records: int = 1
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,24 @@ def _opacus_recurrent(cell: str) -> Callable[[], nn.Module]:
     return lambda: Forecaster(getattr(layers, cell))
 
 
+def _windows(count: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    readings = torch.rand(count, HISTORY, 4, generator=generator) * torch.tensor([200.0, 5.0, 60.0, 1439.0])
+    return readings, 200.0 * torch.rand(count, HORIZON, generator=generator)
+
+
+def _forecaster(cell: type[nn.RNNBase] = nn.GRU) -> nn.Module:
+    """Return the task's model after its first steps: fresh, its read-out is zero and nothing else would move."""
+    model = GlucoseForecaster(cell)
+    nn.init.normal_(model.readout.weight, std=0.1)
+    return model
+
+
+def _opacus_forecaster() -> nn.Module:
+    from opacus.layers import DPGRU  # noqa: PLC0415 - see above
+
+    return _forecaster(DPGRU)
+
+
 CASES = {
     "lungctnet": Case(LungCTNet, _labelled(28), _classes, (64, 256)),
     "unet": Case(UNet, _images(64), _binary, (16,)),
@@ -127,6 +152,7 @@ CASES = {
     "ct-discriminator": Case(lambda: Discriminator(12, 32, 2), _labelled(32), _classes, (64,)),
     "lstm": Case(_recurrent("LSTM"), _readings, _squared, (256,), False, _opacus_recurrent("DPLSTM")),
     "gru": Case(_recurrent("GRU"), _readings, _squared, (256,), False, _opacus_recurrent("DPGRU")),
+    "forecaster": Case(_forecaster, _windows, pinball_loss, (15, 64, 200), False, _opacus_forecaster, 4),
 }
 _MARKS = ("<!-- bench -->", "<!-- end of bench -->")
 ENGINES = ("nonprivate", "opacus", "opacus-ghost", "bookkeeping")
@@ -229,7 +255,7 @@ def _peak_kib() -> int:
 def _step(engine: str, model: str, batch: int) -> Step:
     case = CASES[model]
     torch.manual_seed(1)
-    inputs, targets = case.draw(batch, Generator().manual_seed(0))
+    inputs, targets = case.draw(batch * case.records, Generator().manual_seed(0))
     if engine.startswith("nonprivate"):
         return _ordinary(case, inputs, targets, channels_last=engine.endswith("channels-last"))
     if engine == "bookkeeping":
@@ -254,17 +280,34 @@ def _ordinary(case: Case, inputs: Tensor, targets: Tensor, *, channels_last: boo
 
 def _bookkeeping(case: Case, inputs: Tensor, targets: Tensor) -> Step:
     model = case.build()
+    whole = Batch({"inputs": _by_patient(inputs, case), "targets": _by_patient(targets, case)})
+
+    def loss(network: nn.Module, batch: Batch) -> Tensor:
+        values = case.loss(network(batch["inputs"].flatten(0, 1)), batch["targets"].flatten(0, 1))
+        return values.view(len(batch), case.records).mean(dim=1)
+
     step = PrivateStep(
         model,
         SGD(model.parameters(), lr=_RATE),
-        lambda network, batch: case.loss(network(batch["inputs"][:, 0]), batch["targets"][:, 0]),
+        loss,
         noise_multiplier=1.0,
         max_grad_norm=1.0,
-        expected_patients=float(len(inputs)),
+        expected_patients=float(len(whole)),
         noise=SeededNoise(Generator().manual_seed(0)),
     )
-    batch = Batch({"inputs": inputs[:, None], "targets": targets[:, None]})
-    return lambda: step([batch])
+    parts = [whole]
+    if case.records > 1:
+        size = patients_at_once(case.records, TASK.records_at_once, len(whole))
+        parts = list(padded_parts(torch.arange(len(whole)), size, partial(_chosen, whole)))
+    return lambda: step(parts)
+
+
+def _by_patient(records: Tensor, case: Case) -> Tensor:
+    return records.view(-1, case.records, *records.shape[1:])
+
+
+def _chosen(batch: Batch, patients: Tensor) -> Batch:
+    return Batch({name: tensor[patients] for name, tensor in batch.fields.items()})
 
 
 class _Mean(nn.Module):

@@ -3,12 +3,16 @@
 What is learnt from nobody costs no privacy. The start is trained on two kinds of made-up records: the simulated
 cohort (with its meals and insulin), and random processes that wander, dip and rise at many speeds and are seen
 through sensors of many noises and smoothings, so that the network learns to tell from the readings how far their
-slope can be trusted. The files in ``simulations/starts`` are its output with the defaults; on another machine floating
-point makes them a little different, which is why they are kept and named by their SHA-256.
+slope can be trusted. What insulin does is learnt last and by itself, from a cohort that is given doses at random.
+
+The files in ``simulations/starts`` were made by this in two parts, named by their SHA-256: all but the insulin map when
+the cohort was still a simpler one, and the map, on top of these weights, by :func:`teach_insulin` as it stands. Making
+all of it anew gives another start, by and large as good (docs/glucose.md); floating point differs between machines.
 """
 
 import hashlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -22,10 +26,10 @@ from torch.optim import Adam
 from shared.dp.step import OrdinaryStep
 from shared.files import write_atomic
 from shared.records import KEY_BYTES, RecordStore
-from shared.tasks.base import Batch, Task
+from shared.tasks.base import Batch, PatientDataset, Task
 from shared.tasks.cgm import COVARIATES, STEP_MIN, STORE_KIND
 from shared.tasks.registry import find_task
-from simulations.generators.glucose_days import simulate_days
+from simulations.generators.glucose_days import ORDINARY, Behaviour, simulate_days
 from simulations.generators.glucose_model import TYPES
 
 STEPS: Final = 3000
@@ -34,6 +38,12 @@ _BATCH: Final = 128
 _RATE: Final = 5e-3
 _WALKS: Final = 4000
 _COHORT, _COHORT_DAYS = 240, 4
+_LESSON: Final = Behaviour(
+    missed_meals=0.2, missed_snacks=0.5, count_error=0.5, snacks_a_day=1.0, trial_doses_a_day=8.0
+)
+_LESSON_SHARE: Final = 3
+_INSULIN: Final = "insulin.weight"
+_EVERYBODY, _EVERY_SECOND = 1, 2
 _SPIN_UP: Final = 144
 _LIMITS: Final = (40.0, 400.0)
 Series = npt.NDArray[np.float64]
@@ -50,18 +60,42 @@ def train_start(task: Task, steps: int = STEPS, seed: int = 0, walks: int = _WAL
         cohort: Simulated patients.
     """
     rng, generator = np.random.default_rng(seed), Generator().manual_seed(seed)
-    sources = [task.load(walk_store(walks, rng)), task.load(cohort_store(cohort, rng))]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = task.build()
-    optimizer = Adam(model.parameters(), lr=_RATE)
+    others = [parameter for name, parameter in model.named_parameters() if name != _INSULIN]
+    sources = [task.load(walk_store(walks, rng)), task.load(cohort_store(cohort, rng))]
+    learn(model, others, task, sources, steps, generator)
+    teach_insulin(model, task, max(1, steps // _LESSON_SHARE), seed, cohort)
+    return model
+
+
+def teach_insulin(model: nn.Module, task: Task, steps: int, seed: int, cohort: int) -> None:
+    """Let the model's map of insulin alone learn what doses do, from a cohort that is given them at random.
+
+    The rest of the model has seen none: what insulin was given for must not be mistaken for what it does.
+    """
+    lesson = cohort_store(cohort, np.random.default_rng([seed, 1]), _LESSON, _EVERYBODY)
+    parameter = model.get_parameter(_INSULIN)
+    learn(model, [parameter], task, [task.load(lesson)], steps, Generator().manual_seed(seed + 1))
+
+
+def learn(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    task: Task,
+    sources: Sequence[PatientDataset],
+    steps: int,
+    generator: Generator,
+) -> None:
+    """Move some of the model's parameters by Adam, on as many records of each source a step."""
+    optimizer = Adam(parameters, lr=_RATE)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     step = OrdinaryStep(model, optimizer, task.loss)
     for _ in range(steps):
         drawn = [s.draw(torch.randint(len(s), (_BATCH,), generator=generator), 1, generator) for s in sources]
         step(Batch({name: torch.cat([batch[name] for batch in drawn]) for name in drawn[0].fields}))
         decay.step()
-    return model
 
 
 def walk_store(count: int, rng: np.random.Generator) -> RecordStore:
@@ -106,15 +140,17 @@ def seen_by_sensors(glucose: Series, rng: np.random.Generator) -> Series:
     return np.clip(np.where(rng.random((count, 1)) < 0.7, np.round(seen), seen), *_LIMITS)
 
 
-def cohort_store(patients: int, rng: np.random.Generator) -> RecordStore:
-    """Return some days of simulated patients; every second of them without notes of insulin and food."""
-    days = simulate_days(np.arange(patients) % len(TYPES), _COHORT_DAYS, rng)
+def cohort_store(
+    patients: int, rng: np.random.Generator, behaviour: Behaviour = ORDINARY, noting: int = _EVERY_SECOND
+) -> RecordStore:
+    """Return some days of simulated patients; only one in ``noting`` notes insulin and food."""
+    days = simulate_days(np.arange(patients) % len(TYPES), _COHORT_DAYS, rng, behaviour)
     readings = days.readings.T.astype(np.float64)
     at = np.arange(readings.shape[1])
     for row in readings:
         known = np.isfinite(row)
         row[~known] = np.interp(at[~known], at[known], row[known])
-    noted = (np.arange(patients) // len(TYPES) % 2 == 0)[:, None]
+    noted = (np.arange(patients) // len(TYPES) % noting == 0)[:, None]
     return _store(readings, days.insulin.T * noted, days.carbohydrate.T * noted)
 
 

@@ -108,7 +108,7 @@ def events_of(record: Record, rule: Rule) -> list[Event]:
 
 def compare(record: Record, alerts: Iterable[Alert], rule: Rule) -> Warnings:
     """Hold one patient's alerts against the patient's record."""
-    times = sorted(_seconds(alert.time) for alert in alerts if alert.kind == rule.kind)
+    times = sorted(seconds_of(alert.time) for alert in alerts if alert.kind == rule.kind)
     events = events_of(record, rule)
     lead, late = [], 0
     for event in events:
@@ -155,7 +155,8 @@ def replay(checkpoint: Path, records: Mapping[str, Record], rules: Sequence[Rule
     return alerts
 
 
-def _seconds(stamp: str) -> int:
+def seconds_of(stamp: str) -> int:
+    """Return an alert's time in seconds, as :func:`read_records` counts them."""
     time = datetime.fromisoformat(stamp)
     return round((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp())
 

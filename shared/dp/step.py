@@ -17,12 +17,13 @@ never the batch's size or the true count, which are sensitive.
 | not even padding's gradient is finite | hostile weights: nobody contributes, the step is noise only |
 | more patients than one pass takes | passes of one size; clipped sums add up, noise is added once |
 
-Every pass has the same shape, filled up with padding that counts zero, at least one row of it. Kernels round
-differently for different shapes; under weights made for it, one patient more could otherwise change the other
-patients' rounded gradients, and with them the sum by more than C. It also makes memory, and so running out of it,
-independent of the data.
+Every pass has the same shape, made of public numbers and filled up with padding that counts zero, at least one row of
+it. Kernels round differently for different shapes; under weights made for it, one patient more could otherwise change
+the other patients' rounded gradients, and with them the sum by more than C. It also makes memory, and so running out
+of it, independent of the data.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -38,6 +39,11 @@ from shared.tasks.base import Batch
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 _RECORDS_AT_ONCE = 64
+_OF_WHOM_ONE_MORE, _A_FEW = 10, 5
+"""How many more than expected the passes have room for: one for every ten, and five.
+
+Declared numbers are rounded and samples vary, and a pass with hardly anybody in it costs as much as a full one.
+"""
 
 
 class Engine(Protocol):
@@ -138,19 +144,30 @@ class OrdinaryStep:
         self._optimizer.step()
 
 
-def patients_at_once(records_per_patient: int) -> int:
-    """Return how many patients one pass takes beside one row of padding: a public number."""
-    return max(1, _RECORDS_AT_ONCE // records_per_patient - 1)
+def patients_at_once(records_per_patient: int, most_records: int | None = None, expected_patients: float = 0.0) -> int:
+    """Return how many patients one pass takes beside one row of padding: a public number, made of public ones.
+
+    Args:
+        records_per_patient: K.
+        most_records: How many records a pass may have at most, where they are so small that a pass costs more for
+            being one than for what is in it. Then all who are expected, and a few more, share as few passes as
+            possible. By default a pass takes ``_RECORDS_AT_ONCE``, whoever is expected.
+        expected_patients: The public normaliser of the step, or any other public constant.
+    """
+    if most_records is None:
+        return max(1, _RECORDS_AT_ONCE // records_per_patient - 1)
+    most = max(1, most_records // records_per_patient - 1)
+    wanted = math.ceil(expected_patients + expected_patients / _OF_WHOM_ONE_MORE) + _A_FEW
+    return math.ceil(wanted / math.ceil(wanted / most))
 
 
-def padded_parts(patients: Tensor, records_per_patient: int, draw: Callable[[Tensor], Batch]) -> Iterable[Batch]:
+def padded_parts(patients: Tensor, size: int, draw: Callable[[Tensor], Batch]) -> Iterable[Batch]:
     """Yield the batches of one step, drawn one at a time and all of one size; one of padding if nobody joins.
 
     Args:
         patients: ``(B,)`` who was sampled.
-        records_per_patient: K.
+        size: Patients in a batch, from :func:`patients_at_once`; a row of padding comes on top.
         draw: Draws the records of some patients.
     """
-    size = patients_at_once(records_per_patient)
     for part in patients.split(size) if len(patients) else (patients,):
         yield draw(part).padded(size + 1)

@@ -129,6 +129,8 @@ class Task:
             released before, so it costs no privacy (Dwork and Roth, 2014, Proposition 2.1).
         settle: Changes the aggregated model in place, at the server.
         judged_every: The server evaluates after every so many rounds, and at the start and the end.
+        records_at_once: Most records in one pass of a private step, for a task of small records; see
+            :func:`shared.dp.step.patients_at_once`.
         example: Makes ``N`` random inputs of the model, ``(N, ...)``; without it the model cannot be exported.
     """
 
@@ -145,4 +147,5 @@ class Task:
     post_process: Callable[[nn.Module, RunPlan, int, Generator], None] | None = None
     settle: Callable[[nn.Module], None] | None = None
     judged_every: int = 1
+    records_at_once: int | None = None
     example: Callable[[int], Tensor] | None = None

@@ -26,7 +26,9 @@ HISTORY: Final = 36
 """Readings a forecast looks back on: three hours."""
 INPUTS: Final = ("glucose", "insulin", "carbohydrate", "minute_of_day")
 _EVALUATION_BATCH = 2048
-_PATIENT_PERCENTILES = (5, 25, 50, 75, 95)
+_PATIENT_PERCENTILES: Final = (5, 25, 50, 75, 95)
+_FEWEST_PATIENTS: Final = 5
+"""Of fewer, a percentile is hardly more than one person's own figure."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,16 @@ def readings_at(store: RecordStore, rows: Rows, history: int = HISTORY) -> Tenso
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return each patient's mean pinball loss ``(B,)``, in units of ``GLUCOSE_SCALE``."""
-    readings, path = batch["readings"], batch["path"]
-    quantiles = model(readings.flatten(0, 1))
+    path = batch["path"]
+    each = pinball_loss(model(batch["readings"].flatten(0, 1)), path.flatten(0, 1))
+    return each.view(path.shape[:2]).mean(dim=1)
+
+
+def pinball_loss(quantiles: Tensor, path: Tensor) -> Tensor:
+    """Return each window's pinball loss ``(W,)`` of quantiles ``(W, HORIZON, 3)``, in units of ``GLUCOSE_SCALE``."""
     levels = quantiles.new_tensor(QUANTILES)
-    above = (path.flatten(0, 1)[..., None] - quantiles) / GLUCOSE_SCALE
-    return torch.maximum(levels * above, (levels - 1.0) * above).mean(dim=(1, 2)).view(path.shape[:2]).mean(dim=1)
+    above = (path[..., None] - quantiles) / GLUCOSE_SCALE
+    return torch.maximum(levels * above, (levels - 1.0) * above).mean(dim=(1, 2))
 
 
 @torch.no_grad()
@@ -105,20 +112,45 @@ def usable_windows(store: RecordStore) -> Windows:
 def judge_windows(quantiles: npt.NDArray[Any], windows: Windows) -> Evaluation:
     """Return the evaluation of any forecast ``(W, HORIZON, 3)``: overall, by patient and, where known, by hospital."""
     truth, last = windows.path.astype(np.float64), windows.history[:, -1].astype(np.float64)
-    squared = (quantiles[:, 30 // STEP_MIN - 1, 1] - truth[:, 30 // STEP_MIN - 1]) ** 2
-    counts = np.bincount(windows.patient)
-    errors = np.sqrt(np.bincount(windows.patient, weights=squared)[counts > 0] / counts[counts > 0])
-    details: dict[str, Any] = {
-        # Nobody is named: only how the error is spread over the patients.
-        "rmse_30_of_patients": dict(
-            zip(map(str, _PATIENT_PERCENTILES), np.percentile(errors, _PATIENT_PERCENTILES).tolist(), strict=True)
-        )
-    }
+    at = 30 // STEP_MIN - 1
+    squared = (quantiles[:, at, 1] - truth[:, at]) ** 2
+    details: dict[str, Any] = {"rmse_30_of_patients": _spread(squared, windows.patient)}
     if windows.sites:
         by_site = by_part(quantiles, truth, last, STRIDE, windows.site, windows.sites)
         details["by_site"] = by_site
         details["worst_site"] = min(by_site, key=lambda site: by_site[site]["skill_30"])
+        mine = {name: windows.site == code for code, name in enumerate(windows.sites) if name in by_site}
+        details["rmse_30_of_patients_by_site"] = {
+            name: _spread(squared[chosen], windows.patient[chosen]) for name, chosen in mine.items()
+        }
     return Evaluation(metrics=judge(quantiles, truth, last, STRIDE), details=details)
+
+
+def _spread(squared: npt.NDArray[np.float64], patient: Rows) -> dict[str, float]:
+    """Return percentiles, over the patients, of each patient's root mean square; nothing of too few patients.
+
+    Nobody is named: only how the error is spread.
+
+    Args:
+        squared: ``(W,)`` squared errors.
+        patient: ``(W,)`` whose they are.
+    """
+    counts = np.bincount(patient)
+    theirs = np.bincount(patient, weights=squared)[counts > 0] / counts[counts > 0]
+    if len(theirs) < _FEWEST_PATIENTS:
+        return {}
+    errors = np.percentile(np.sqrt(theirs), _PATIENT_PERCENTILES)
+    return dict(zip(map(str, _PATIENT_PERCENTILES), errors.tolist(), strict=True))
+
+
+def example(count: int) -> Tensor:
+    """Return ``count`` made-up readings ``(count, HISTORY, 4)`` in the units of the model's inputs."""
+    readings = torch.rand(count, HISTORY, len(INPUTS))
+    readings[..., 0] = 60.0 + 240.0 * readings[..., 0]
+    # Most instants have no dose and no meal.
+    readings[..., 1:3] *= torch.tensor([8.0, 80.0]) * (torch.rand(count, HISTORY, 2) < 0.05)
+    readings[..., 3] = torch.floor(1440.0 * readings[..., 3])
+    return readings
 
 
 TASK = Task(
@@ -129,6 +161,8 @@ TASK = Task(
     load=GlucosePatients,
     loss=loss,
     evaluate=evaluate,
+    example=example,
+    records_at_once=1024,
     defaults={
         "rounds": 30,
         "local_steps": 8,

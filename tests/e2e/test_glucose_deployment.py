@@ -18,7 +18,7 @@ from shared.tasks.glucose_forecast import TASK
 from simulations.deployment import Deployment, deployment
 from simulations.generators.glucose import EXPORT, generate_glucose_hospitals
 from simulations.sources import find_source
-from simulations.warnings import read_records, total
+from simulations.warnings import read_records, seconds_of, total
 
 pytestmark = pytest.mark.timeout(600)
 SEED, ROUNDS, PATIENTS, DAYS, RUN = 3, 10, 6, 3, "glucose"
@@ -91,8 +91,16 @@ def test_from_exports_to_warnings(consortium: Deployment, hospitals: Path, tmp_p
     said = [Alert(**json.loads(line)) for line in alerts.read_text().splitlines()]
 
     records = read_records(day)
+    readings = {(name, time_s): glucose for name, record in records.items() for time_s, glucose in record}
     for rule in DEFAULT_RULES:
         result = total(records, said, rule)
+        raised = [alert for alert in said if alert.kind == rule.kind]
+        assert len(raised) == result.alerts
+        for alert in raised:  # each says what was there to be seen at its time, and is of the stage that it names
+            there = readings[alert.patient_id, seconds_of(alert.time)]
+            assert alert.glucose_mg_dl == there
+            assert (alert.stage == "present") == (rule.excess(there) > 0.0)
+        assert result.false_alerts < result.alerts
         sys.stdout.write(f"{rule.kind}: {result.line()}\n")
         assert result.events > 0, "choose a seed with something to warn of"
         # An alert comes at the latest with the event: nobody's event may pass in silence outside the refractory time.

@@ -39,12 +39,12 @@ def export(path: Path, readings: int = 500, head: str = DOSES) -> Path:
 
 
 def reacting(model: torch.nn.Module, insulin: float, carbohydrate: float) -> torch.nn.Module:
-    """Let the last state answer to insulin and food with the given signs."""
+    """Let the forecast answer to insulin and food with the given signs."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-        model.memory.weight_ih_l0[-16:, 3] = insulin
-        model.memory.weight_ih_l0[-16:, 4] = carbohydrate
+        model.insulin.weight.fill_(insulin)
+        model.memory.weight_ih_l0[-16:, 3] = carbohydrate
         model.readout.weight[:HORIZON] = 0.1
     return model
 

@@ -17,6 +17,8 @@ from server.registry import RoundRow, RunRecord, SiteRow
 from shared.errors import FederationError, PlanError, StorageError
 from shared.plan import RunPlan
 from shared.tasks import registry
+from shared.tasks.cgm_windows import HORIZON
+from shared.tasks.glucose_forecast import HISTORY
 from shared.tasks.registry import all_tasks, find_task
 
 PLAN = RunPlan(
@@ -27,9 +29,13 @@ SITES = (SiteRow("h1", 200, None), SiteRow("h2", None, "policy-refused"))
 RECORD = RunRecord("r", PLAN, "completed", None, SITES, (RoundRow(2, 1.0, None, {}),), {})
 
 
-def save(folder: Path) -> nn.Module:
-    model = find_task(PLAN.task).build().eval()
-    save_checkpoint(folder / "checkpoints", model, run="r", number=2, task=PLAN.task, plan_digest=PLAN.digest)
+def save(folder: Path, task: str = PLAN.task) -> nn.Module:
+    model = find_task(task).build().eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():  # fresh weights may leave parts of a model without a say
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    save_checkpoint(folder / "checkpoints", model, run="r", number=2, task=task, plan_digest=PLAN.digest)
     return model
 
 
@@ -52,6 +58,28 @@ def test_both_files_compute_the_trained_model(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "model.json", "model.onnx", "model.safetensors",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ["glucose-forecast", "glucose-forecast-lstm"])
+def test_a_forecaster_is_exported_for_any_number_of_patients(tmp_path: Path, task: str) -> None:
+    model = save(tmp_path, task)
+    export.export_model(replace(RECORD, plan=replace(PLAN, task=task)), tmp_path, tmp_path / "out")
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"), providers=["CPUExecutionProvider"])
+    given = session.get_inputs()[0]
+    assert given.shape[1:] == [HISTORY, 4]
+    example = find_task(task).example
+    assert example is not None
+    for count in (1, 2, 33):
+        readings = example(count)
+        quantiles = session.run(None, {given.name: readings.numpy()})[0]
+        assert quantiles.shape == (count, HORIZON, 3)
+        np.testing.assert_allclose(quantiles, model(readings).detach().numpy(), rtol=1e-4, atol=1e-3)
+    # A reading that is missing makes its own patient's forecast no number, there as here, and nobody else's.
+    readings[0, 5, 0] = float("nan")
+    quantiles = session.run(None, {given.name: readings.numpy()})[0]
+    assert np.isnan(quantiles[0]).all()
+    np.testing.assert_allclose(quantiles[1:], model(readings[1:]).detach().numpy(), rtol=1e-4, atol=1e-3)
+    assert json.loads((tmp_path / "out" / "model.json").read_text())["task"] == task
 
 
 class Moody(nn.Module):

@@ -27,7 +27,8 @@ PLAN = RunPlan(
 )
 KEYS = {
     "task", "run", "status", "rounds_completed", "seed", "plan_digest", "sites", "metrics", "by_group",
-    "by_site", "worst_site", "baselines", "timings", "peak_rss_mib", "start", "data", "checkpoint",
+    "by_site", "worst_site", "rmse_30_of_patients", "rmse_30_of_patients_by_site", "baselines", "timings",
+    "peak_rss_mib", "start", "data", "checkpoint",
 }  # fmt: skip
 
 
@@ -78,12 +79,15 @@ def test_it_holds_the_contract(record: RunRecord) -> None:
 def test_hospitals_are_told_apart_where_the_task_does(tmp_path: Path) -> None:
     store = registry(tmp_path)
     by_site = {"a": {"rmse_30": 12.0}, "b": {"rmse_30": math.nan}}
-    judged = Evaluation({"rmse_30": 15.0}, details={"by_site": by_site, "worst_site": "b"})
+    spread = {"a": {"5": 8.0, "95": 20.0}, "b": {}}
+    details = {"by_site": by_site, "worst_site": "b", "rmse_30_of_patients_by_site": spread}
+    judged = Evaluation({"rmse_30": 15.0}, details=details)
     store.add_round("r", RoundRow(3, 2.0, judged, {"a": OK}))
     summary = summarise(store.read("r"), checkpoint(3))
     assert summary["by_site"] == {"a": {"rmse_30": 12.0}, "b": {"rmse_30": None}}
     assert summary["metrics"] == {"rmse_30": 15.0, "by_site": summary["by_site"]}
     assert summary["worst_site"] == "b"
+    assert summary["rmse_30_of_patients_by_site"] == spread
 
 
 def test_a_site_is_charged_for_what_it_may_have_sent(record: RunRecord) -> None:

@@ -1,6 +1,9 @@
 """Error grids at their boundaries, and the metrics of a forecast against sums done by hand."""
 
+import csv
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,13 @@ from hypothesis import strategies as st
 
 from shared.forecast_metrics import ZONES, by_part, clarke_zones, judge, parkes_zones, pinball
 
+# 1189 points: on the lines of the three grids, half a mg/dL to every side of them, and spread over the plane. The zones
+# are those that two published implementations give: for Clarke where methcomp 1.0 (Python, MIT licence) and ega 1.0 (R,
+# CRAN) agree, for Parkes ega's off the lines and both's on them. An empty cell is a point that they put into different
+# zones: on Clarke's horizontal line at 70 and for a reference of 58.3 to 70 (ega changed its rule later), on Parkes'
+# lines, where ega takes the worse zone at vertical ones, and on the last line of type 1, which methcomp draws
+# elsewhere.
+GOLDEN = Path(__file__).parents[2] / "golden" / "error_grids.csv"
 # Boundary points with the zones that the rules of the R package ega 2.0 and of the Python package methcomp give.
 CLARKE = [
     (100, 100, "A"), (100, 120, "A"), (100, 120.1, "B"), (100, 80, "A"), (100, 79.9, "B"),
@@ -55,6 +65,24 @@ def test_clarke_zones_at_their_boundaries() -> None:
 def test_parkes_zones_at_their_boundaries(table: list[tuple[float, float, str]], diabetes_type: int) -> None:
     reference, predicted, zones = columns(table)
     assert letters(parkes_zones(reference, predicted, diabetes_type)) == zones
+
+
+@pytest.mark.parametrize(
+    ("column", "zones_of"),
+    [
+        ("clarke", clarke_zones),
+        ("parkes_1", parkes_zones),
+        ("parkes_2", lambda reference, predicted: parkes_zones(reference, predicted, 2)),
+    ],
+)
+def test_zones_are_those_of_the_published_implementations(column: str, zones_of: Callable[..., np.ndarray]) -> None:
+    with GOLDEN.open(newline="") as handle:
+        rows = [row for row in csv.DictReader(handle) if row[column]]
+    reference, predicted = (np.array([float(row[name]) for row in rows]) for name in ("reference", "predicted"))
+    given = zip(rows, letters(zones_of(reference, predicted)), strict=True)
+    assert [row for row, zone in given if zone != row[column]] == []
+    assert len(rows) > 1100
+    assert {row[column] for row in rows} == set(ZONES)
 
 
 @given(st.floats(20, 600), st.floats(0, 300), st.floats(0, 100))

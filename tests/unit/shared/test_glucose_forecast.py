@@ -114,6 +114,31 @@ def test_the_error_by_patient_is_a_spread_that_names_nobody(make_cgm_store: Make
     spread = judge_windows(forecasts, windows).details["rmse_30_of_patients"]
     assert spread["50"] == pytest.approx(20.0)
     assert spread["5"] == pytest.approx(2.0)
+    assert list(spread) == ["5", "25", "50", "75", "95"]
+
+
+def test_the_spread_over_patients_is_told_by_hospital_but_not_of_a_few_people(
+    make_cgm_store: Maker, tmp_path: Path
+) -> None:
+    windows = usable_windows(with_sites(make_cgm_store(tmp_path / "store", patients=9)))
+    forecasts = windows.path[..., None].astype(float) + 10.0 * windows.patient[:, None, None] + np.zeros(3)
+    by_site = judge_windows(forecasts, windows).details["rmse_30_of_patients_by_site"]
+    assert by_site["north"]["50"] == pytest.approx(40.0)  # of patients 0, 2, 4, 6, 8
+    assert by_site["north"]["95"] == pytest.approx(76.0)
+    assert by_site["south"] == {}
+    alone = windows.subset(windows.patient == 3)
+    assert judge_windows(forecasts[windows.patient == 3], alone).details["rmse_30_of_patients"] == {}
+
+
+def test_examples_are_readings_of_people() -> None:
+    readings = TASK.example(200)
+    assert readings.shape == (200, HISTORY, 4)
+    glucose, insulin, carbohydrate, minute = readings.unbind(-1)
+    assert ((glucose >= 60) & (glucose <= 300)).all()
+    for doses, most in ((insulin, 8), (carbohydrate, 80)):
+        assert 0 < (doses > 0).float().mean() < 0.1
+        assert doses.max() <= most
+    assert ((minute >= 0) & (minute < 1440)).all()
 
 
 def test_only_the_last_readings_of_a_segment_are_judged(make_cgm_store: Maker, tmp_path: Path) -> None:

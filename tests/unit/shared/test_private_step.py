@@ -179,14 +179,24 @@ def test_the_normaliser_is_the_public_constant_whatever_the_batch() -> None:
     torch.testing.assert_close(update(same), 9 * update(one), rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("size", [patients_at_once(4), patients_at_once(4, 1024, 60.0)])
 @pytest.mark.parametrize("sampled", [0, 1, 15, 16, 31, 32, 63, 64, 200])
-def test_every_pass_has_one_public_shape(sampled: int) -> None:
+def test_every_pass_has_one_public_shape(sampled: int, size: int) -> None:
     """Neither memory nor rounding may depend on how many were sampled."""
     patients = torch.arange(sampled)
-    parts = list(padded_parts(patients, 4, lambda chosen: make_batch(len(chosen), 4)))
-    assert {len(part) for part in parts} == {patients_at_once(4) + 1}
+    parts = list(padded_parts(patients, size, lambda chosen: make_batch(len(chosen), 4)))
+    assert {len(part) for part in parts} == {size + 1}
     assert sum(part.real for part in parts) == sampled
     assert all(part.padding >= 1 for part in parts)
+
+
+def test_passes_are_made_for_whom_is_expected_where_a_task_asks_for_it() -> None:
+    assert patients_at_once(4) == patients_at_once(4, None, 200.0) == 15
+    assert [patients_at_once(4, 1024, expected) for expected in (0.0, 20.0, 60.0, 200.0)] == [5, 27, 71, 225]
+    assert patients_at_once(4, 1024, 400.0) == 223  # 445 in two passes
+    assert patients_at_once(64, 10, 3.0) == 1
+    for expected in range(0, 3000, 7):
+        assert 1 <= patients_at_once(4, 1024, float(expected)) <= 255
 
 
 def amplifier(seed: int) -> nn.Module:

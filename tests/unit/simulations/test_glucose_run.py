@@ -65,6 +65,11 @@ def test_the_summary_keeps_the_contract(exports: tuple[str, ...], tmp_path: Path
     assert found["sites"][0]["epsilon"] <= 8.0
     page = (tmp_path / "out" / "report.html").read_text()
     assert "By hospital" in page
+    assert "The error at 30 minutes, by patient" in page
+    spread = found["rmse_30_of_patients_by_site"]
+    assert set(spread) == {"site-1", "site-2"}
+    for percentiles in (*spread.values(), found["rmse_30_of_patients"]):
+        assert sorted(percentiles.values()) == list(percentiles.values())
     assert found["worst_site"] in page
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from client.monitor.what_if import what_if
 from server.checkpoints import load_weights
 from shared.records import RecordStore
 from shared.tasks.cgm_windows import judged_windows
@@ -36,6 +37,24 @@ def test_the_start_that_is_kept_foresees_unseen_processes_and_patients(walks: Re
         evaluation = TASK.evaluate(model.eval(), store)
         assert evaluation.value("skill_30") > least
         assert 0.85 < evaluation.value("coverage_90") < 0.95
+
+
+@pytest.mark.parametrize("name", ["glucose-forecast", "glucose-forecast-lstm"])
+def test_what_if_answers_with_the_start_for_everybody_and_as_physiology_demands(name: str) -> None:
+    path = find_source(name).start
+    assert path is not None
+    model = find_task(name).build().eval()
+    load_weights(path, model)
+    cohort = cohort_store(30, np.random.default_rng(97))
+    insulin, food = [], []
+    for patient in range(len(cohort)):
+        record = cohort.subset(np.array([patient]))
+        more_insulin, more_food = what_if(model, record, 2.0, 0.0), what_if(model, record, 0.0, 30.0)
+        insulin.append(more_insulin.changed[-1, 1] - more_insulin.as_recorded[-1, 1])
+        food.append(more_food.changed[-1, 1] - more_food.as_recorded[-1, 1])
+    # Two units lower glucose by some 6 mg/dL within the hour, and 30 g raise it by 28 to 60 (glucose_model).
+    assert -12.0 < np.mean(insulin) < -2.0
+    assert 20.0 < np.mean(food) < 70.0
 
 
 def test_training_it_is_repeatable_and_helps(walks: RecordStore) -> None:
