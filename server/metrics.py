@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
+from datetime import datetime
 
 from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client import Counter as Total
@@ -10,9 +11,14 @@ from server.registry import COMPLETED, FAILED, RUNNING, STOPPED
 
 
 class ServiceMetrics:
-    """The metrics of one service."""
+    """The metrics of one service.
 
-    def __init__(self, children: Iterable[str]) -> None:
+    Args:
+        children: Names of its processes.
+        certificate_ends: When hospitals will no longer accept the aggregator's certificate.
+    """
+
+    def __init__(self, children: Iterable[str], certificate_ends: datetime) -> None:
         self.registry = CollectorRegistry()
         self.connected: frozenset[str] = frozenset()
         self._restarts = Total(
@@ -20,6 +26,9 @@ class ServiceMetrics:
         )
         for child in children:
             self._restarts.labels(child)  # zero is a fact too
+        Gauge("fedward_certificate_expiry_timestamp_seconds", "When server.crt ends.", registry=self.registry).set(
+            certificate_ends.timestamp()
+        )
         self._sites = Gauge(
             "fedward_site_connected", "Whether an enrolled site is connected.", ["site"], registry=self.registry
         )

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from server.certificates import expires
 from server.children import Child
 from server.config import ServerConfig, port_taken
 from server.control import SUPEREXEC, Control, LinkError, commands, environment
@@ -66,7 +67,7 @@ class Supervisor:
             name: Child(name, command, settings, server / "run" / f"{name}.log")
             for name, command in commands(server, config).items()
         }
-        self._metrics = ServiceMetrics(self._children)
+        self._metrics = ServiceMetrics(self._children, expires(server / "server.crt"))
         self._answered = False
         self._failure: str | None = None
 
