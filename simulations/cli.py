@@ -166,15 +166,15 @@ def generate(
 
 @app.command()
 def deal(
-    archive: Annotated[Path, typer.Argument(help="NumPy archive of real LIDC nodule slices.")],
+    archive: Annotated[Path, typer.Argument(help="NumPy archive of nodule slices, nodule cubes or chest X-rays.")],
     out: Annotated[Path, typer.Option(help="New folder; one prepared hospital each, for 'run --data'.")],
     sites: Annotated[int, typer.Option(min=1, help="How many hospitals.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same hospitals.")] = 0,
 ) -> None:
-    """Deal real nodule slices to prepared hospitals."""
-    from simulations.generators.slices import deal_slices
+    """Deal real images that others prepared to prepared hospitals."""
+    from simulations.generators.archives import deal_archive
 
-    for folder in deal_slices(archive, out, sites=sites, seed=seed):
+    for folder in deal_archive(archive, out, sites=sites, seed=seed):
         _CONSOLE.print(str(folder), highlight=False, markup=False)
 
 

@@ -46,7 +46,7 @@ from shared.synthesis import (
     train_classifier,
 )
 from shared.tasks.base import Batch, Evaluation, Task
-from shared.tasks.ct_nodules import STORE_KIND, STORED_PX, StoredPatients
+from shared.tasks.ct_nodules import STORE_KIND, STORED_PX, StoredPatients, is_upright
 from shared.tasks.nodule_classification import judge_nodules
 from shared.tasks.sampling import draw_records
 
@@ -68,20 +68,27 @@ class SynthesisPatients(StoredPatients):
         """Draw patches ``(B, K, 32, 32)``, labels ``(B, K)`` and latents ``(B, K, Z)``."""
         rows = draw_records(self.store.offsets, patients, records_per_patient, generator)
         stored = torch.from_numpy(np.asarray(self.store.arrays["image"][rows.ravel()], np.float32))
-        images = _turned_and_shifted(stored, generator).view(*rows.shape, SIDE_PX, SIDE_PX)
+        images = _shifted(stored, generator)
+        if not is_upright(self.store):
+            images = _turned(images, generator)
+        images = images.view(*rows.shape, SIDE_PX, SIDE_PX)
         labels = torch.from_numpy(np.asarray(self.store.arrays["malignant"][rows], np.int64))
         latents = torch.randn(*rows.shape, _LATENT, generator=generator)
         return Batch({"image": images, "malignant": labels, "latent": latents})
 
 
-def _turned_and_shifted(stored: Tensor, generator: Generator) -> Tensor:
-    """Return patches ``(N, 32, 32)`` cut from ``(N, 36, 36)``, each with its own shift and symmetry of the square."""
+def _shifted(stored: Tensor, generator: Generator) -> Tensor:
+    """Return patches ``(N, 32, 32)`` cut from ``(N, 36, 36)``, each with its own shift."""
     count = len(stored)
     shifts = torch.randint(0, STORED_PX - SIDE_PX + 1, (count, 2), generator=generator)
     steps = torch.arange(SIDE_PX)
     rows, columns = shifts[:, :1] + steps, shifts[:, 1:] + steps
-    patches = stored[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
-    chosen = torch.rand(3, count, 1, 1, generator=generator) < 0.5
+    return stored[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def _turned(patches: Tensor, generator: Generator) -> Tensor:
+    """Return patches ``(N, side, side)``, each under its own symmetry of the square."""
+    chosen = torch.rand(3, len(patches), 1, 1, generator=generator) < 0.5
     patches = torch.where(chosen[0], patches.transpose(-1, -2), patches)
     patches = torch.where(chosen[1], patches.flip(-2), patches)
     return torch.where(chosen[2], patches.flip(-1), patches)
@@ -147,17 +154,21 @@ def evaluate(model: nn.Module, store: RecordStore) -> Evaluation:
     Distances are taken in the features of a classifier trained on the real patches of every second patient, between
     the other patients' real patches and as many generated ones of the same classes.
     """
-    gan = cast(ConditionalGan, model)
+    gan, upright = cast(ConditionalGan, model), is_upright(store)
     real = real_patches(store, SIDE_PX)
     balanced = torch.arange(_FOR_CLASSIFIER) % len(CLASSES)
     made = generated_patches(gan, balanced, _EVALUATION_SEED)
     finite = bool(made.images.isfinite().all())
     if not finite:
         made = Patches(torch.zeros_like(made.images), made.labels)
-    students = judge_nodules(store, malignancy(train_classifier(made, _EVALUATION_SEED), real))
+    students = judge_nodules(store, malignancy(train_classifier(made, _EVALUATION_SEED, upright=upright), real))
     mine, others = (thin(real.at(torch.from_numpy(np.flatnonzero(half)))) for half in halves(store))
     matched = generated_patches(gan, others.labels, _EVALUATION_SEED + 1)
-    spaces = fidelity(train_classifier(mine, _EVALUATION_SEED), others, matched) if finite and len(others) else {}
+    spaces = (
+        fidelity(train_classifier(mine, _EVALUATION_SEED, upright=upright), others, matched)
+        if finite and len(others)
+        else {}
+    )
     logits = _logits(gan, others), _logits(gan, matched)
     diagnostics: dict[str, Any] = {
         "finite": finite,
@@ -167,6 +178,7 @@ def evaluate(model: nn.Module, store: RecordStore) -> Evaluation:
     return Evaluation(
         metrics={
             "tstr_auroc": students.metrics["auroc"],
+            "tstr_balanced_accuracy": students.metrics["balanced_accuracy"],
             **spaces,
             "diversity": diagnostics["diversity"],
             "discriminator_gap": float(logits[0].mean() - logits[1].mean()),
