@@ -71,6 +71,9 @@ def run(
     init: Annotated[
         Path | None, typer.Option(help="A public checkpoint to start from, or 'random'. Default: the task's, if any.")
     ] = None,
+    augment_with: Annotated[
+        Path | None, typer.Option(help="A private ct-synthesis checkpoint whose images every hospital adds.")
+    ] = None,
     patience: Annotated[int | None, typer.Option(min=0, help="Stop after so many rounds without gain.")] = None,
     local_steps: Annotated[int | None, typer.Option(min=1, help="Steps a site takes each round.")] = None,
     sample_rate: Annotated[float | None, typer.Option(help="Probability of a patient joining a step.")] = None,
@@ -127,6 +130,7 @@ def run(
         ray_address=ray_address,
         workers=_workers(workers),
         init=_start(init),
+        augment_with=str(augment_with.resolve()) if augment_with else None,
         plan={name: value for name, value in fields.items() if value is not None},
     )
     with _resumable(out):

@@ -129,6 +129,8 @@ class Task:
             released before, so it costs no privacy (Dwork and Roth, 2014, Proposition 2.1).
         settle: Changes the aggregated model in place, at the server.
         judged_every: The server evaluates after every so many rounds, and at the start and the end.
+        augmented_by: Name of the task whose checkpoints can draw synthetic patients for this one; empty if none can.
+        as_patients: Draws so many synthetic patients from a model, as a store; the same from the same model.
         example: Makes ``N`` random inputs of the model, ``(N, ...)``; without it the model cannot be exported.
     """
 
@@ -145,4 +147,6 @@ class Task:
     post_process: Callable[[nn.Module, RunPlan, int, Generator], None] | None = None
     settle: Callable[[nn.Module], None] | None = None
     judged_every: int = 1
+    augmented_by: str = ""
+    as_patients: Callable[[nn.Module, int], RecordStore] | None = None
     example: Callable[[int], Tensor] | None = None

@@ -17,6 +17,7 @@ References:
     Lim, Ye, "Geometric GAN", 2017: the hinge loss.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import Any, Final, cast
@@ -29,7 +30,7 @@ from torch.optim import Adam
 
 from shared.models.gan import ConditionalGan
 from shared.plan import RunPlan
-from shared.records import RecordStore
+from shared.records import KEY_BYTES, RecordStore
 from shared.synthesis import (
     CLASSES,
     Patches,
@@ -46,7 +47,7 @@ from shared.synthesis import (
     train_classifier,
 )
 from shared.tasks.base import Batch, Evaluation, Task
-from shared.tasks.ct_nodules import STORE_KIND, STORED_PX, StoredPatients, is_upright
+from shared.tasks.ct_nodules import STORE_KIND, STORED_PX, VENDORS, StoredPatients, is_upright
 from shared.tasks.nodule_classification import judge_nodules
 from shared.tasks.sampling import draw_records
 
@@ -58,6 +59,7 @@ _BATCH: Final = 32
 _BETAS: Final = (0.5, 0.99)
 _FOR_CLASSIFIER: Final = 1024
 _EVALUATION_SEED: Final = 20
+_PATIENTS_SEED: Final = 21
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,31 @@ def evaluate(model: nn.Module, store: RecordStore) -> Evaluation:
     )
 
 
+def as_patients(model: nn.Module, count: int) -> RecordStore:
+    """Draw ``count`` patients of one patch each, the classes in turn, by numbers that are always the same.
+
+    A patch is carried to the store's size by repeating its border.
+    """
+    drawn = generated_patches(cast(ConditionalGan, model), torch.arange(count) % len(CLASSES), _PATIENTS_SEED)
+    margin = (STORED_PX - SIDE_PX) // 2
+    images = F.pad(drawn.images[:, None], [margin] * 4, mode="replicate")[:, 0].half().numpy()
+    names = [hashlib.sha256(f"synthetic/{number}".encode()).digest() for number in range(count)]
+    return RecordStore(
+        kind=STORE_KIND,
+        attributes={},
+        offsets=np.arange(count + 1),
+        keys=np.frombuffer(b"".join(name[:KEY_BYTES] for name in names), np.uint8).reshape(count, KEY_BYTES),
+        arrays={
+            "image": images,
+            "malignant": drawn.labels.numpy().astype(np.uint8),
+            "nodule": np.zeros(count, np.int32),
+            "diameter_mm": np.zeros(count, np.float32),
+            "vendor": np.full(count, VENDORS.index("other"), np.uint8),
+        },
+        digest=hashlib.sha256(images.tobytes()).hexdigest(),
+    )
+
+
 def _spread(logits: Tensor, labels: Tensor) -> float:
     """Return the widest standard deviation of the logits of any class; NaN if no class has two."""
     found = [float(part.std()) for label in labels.unique() if len(part := logits[labels == label]) > 1]
@@ -217,6 +244,7 @@ TASK = Task(
     post_process=teach_generator,
     settle=settle,
     judged_every=10,
+    as_patients=as_patients,
     example=example,
     defaults={
         "rounds": 40,

@@ -31,7 +31,7 @@ def read_patients(content: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
     if image.shape[1:] != (_SIDE, _SIDE) or len({len(content[name]) for name in FIELDS}) > 1:
         raise ValueError(f"images (N, {_SIDE}, {_SIDE}) and as many entries in every other field are needed")
     patches, size = shrink(image), diameter_px(image)
-    patients = {}
+    patients: dict[str, dict[str, Array]] = {}
     for name in np.unique(exam):
         rows = np.flatnonzero(exam == name)
         _, nodules, inverse = np.unique(nodule[rows], return_index=True, return_inverse=True)

@@ -28,7 +28,7 @@ def study(tmp_path: Path, make_nodule_store: Callable[..., RecordStore]) -> Stud
     return Study(
         data=(tmp_path / "hospital",),
         heldout=tmp_path / "judged",
-        epsilons=(2.0, float("inf")),
+        epsilons=(float("inf"),),
         patients=(12,),
         init="random",
         plan=PLAN,
@@ -38,18 +38,19 @@ def study(tmp_path: Path, make_nodule_store: Callable[..., RecordStore]) -> Stud
 def test_a_study_has_a_row_for_each_run_and_goes_on_where_it_stood(study: Study, tmp_path: Path) -> None:
     out = tmp_path / "out"
     rows = carry_out(study, out, DISPLAY)
-    assert [(row["patients"], row["epsilon"]) for row in rows] == [(12.0, "2.0"), (12.0, "inf")]
+    assert [(row["patients"], row["epsilon"]) for row in rows] == [(12.0, "inf")]
     assert all(row[name] is not None for row in rows for name in FIGURES)
     assert json.loads((out / "study.json").read_text()) == json.loads(json.dumps(rows))
     assert (out / "study.md").read_text() == as_markdown(rows)
-    assert as_markdown(rows).count("\n") == 4
+    assert as_markdown(rows).count("\n") == 3
     trained = {
-        key.tobytes() for key in RecordStore.open(out / "patients-12" / "epsilon-2" / "sites" / "site-1" / "store").keys
+        key.tobytes()
+        for key in RecordStore.open(out / "patients-12" / "epsilon-inf" / "sites" / "site-1" / "store").keys
     }
     assert trained == {key.tobytes() for key in RecordStore.open(study.data[0]).keys[:12]}
-    written = (out / "patients-12" / "epsilon-2" / "samples.png").stat().st_mtime_ns
+    written = (out / "patients-12" / "epsilon-inf" / "samples.png").stat().st_mtime_ns
     assert carry_out(study, out, DISPLAY) == rows
-    assert (out / "patients-12" / "epsilon-2" / "samples.png").stat().st_mtime_ns == written
+    assert (out / "patients-12" / "epsilon-inf" / "samples.png").stat().st_mtime_ns == written
 
 
 def test_more_patients_than_a_hospital_has_are_refused(study: Study, tmp_path: Path) -> None:
