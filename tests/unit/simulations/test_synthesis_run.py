@@ -82,7 +82,11 @@ def test_a_checkpoint_that_may_not_augment_stops_the_run_before_it_begins(
     with pytest.raises(PlanError, match="cannot be augmented"):
         simulation(data, augment_with="some.safetensors")
     asked = simulation(
-        data, task="nodule-classification", plan={"rounds": 1}, augment_with=str(tmp_path / "no.safetensors")
+        data,
+        task="nodule-classification",
+        plan={"rounds": 1},
+        epsilon=float("inf"),
+        augment_with=str(tmp_path / "no.safetensors"),
     )
     with pytest.raises(StorageError, match="no"):
         start(asked, tmp_path / "out", DISPLAY)
