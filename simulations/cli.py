@@ -24,6 +24,8 @@ Examples:
 
   fedward-sim run --task nodule-classification --data hospital-a --data hospital-b --out runs/mine
 
+  fedward-sim run --augment-with runs/gan/server/checkpoints/round-00040.safetensors --out runs/augmented
+
   fedward-sim run --resume runs/first
 """
 _SYNTHESISE_EXAMPLES = """
@@ -32,6 +34,13 @@ Examples:
   fedward-sim run --task ct-synthesis --epsilon 10 --patients-per-site 400 --out runs/gan
 
   fedward-sim synthesise runs/gan/server/checkpoints/round-00040.safetensors --count 200 --out synthetic
+"""
+_DEAL_EXAMPLES = """
+Examples:
+
+  fedward-sim deal slices.npz --seed 7 --out hospitals
+
+  fedward-sim deal pneumoniamnist_train_val.npz --sites 1 --out xrays   # and xrays/heldout, for 'run --heldout'
 """
 app = typer.Typer(
     no_args_is_help=True,
@@ -72,7 +81,8 @@ def run(
         Path | None, typer.Option(help="A public checkpoint to start from, or 'random'. Default: the task's, if any.")
     ] = None,
     augment_with: Annotated[
-        Path | None, typer.Option(help="A private ct-synthesis checkpoint whose images every hospital adds.")
+        Path | None,
+        typer.Option(help="A private ct-synthesis checkpoint; every hospital adds 200 patients drawn from it."),
     ] = None,
     patience: Annotated[int | None, typer.Option(min=0, help="Stop after so many rounds without gain.")] = None,
     local_steps: Annotated[int | None, typer.Option(min=1, help="Steps a site takes each round.")] = None,
@@ -168,7 +178,7 @@ def generate(
         _CONSOLE.print(str(folder), highlight=False, markup=False)
 
 
-@app.command()
+@app.command(epilog=_DEAL_EXAMPLES)
 def deal(
     archive: Annotated[Path, typer.Argument(help="NumPy archive of nodule slices, nodule cubes or chest X-rays.")],
     out: Annotated[Path, typer.Option(help="New folder; one prepared hospital each, for 'run --data'.")],
