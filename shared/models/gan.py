@@ -52,6 +52,8 @@ class Smoothing(nn.Module):
     binomial is zero at the chequerboard's frequency. It has no weights.
     """
 
+    kernel: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         line = torch.tensor([0.25, 0.5, 0.25])
