@@ -145,6 +145,7 @@ def start(site: SiteFolder) -> None:
     policy = opened.policy
     if not policy.server:
         raise StorageError(f'{site / "site.toml"} names no server; give it one: server = "host:port".')
+    opened.check_augmentation()
     configure_logs()
     opened.audit.note("started", policy=policy.digest)
     connection = Connection(

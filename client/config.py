@@ -30,6 +30,8 @@ COMMENTS = {
     "max_weights_norm": "Largest L2 norm of the weights that the server may send. A trained model stays far below.",
     "hours": 'When new rounds may train: "any", or with its offset from UTC, e.g. "22:00-06:00 +01:00".',
     "days": "Weekdays on which those hours begin.",
+    "augment_with": "Checkpoint of ct-synthesis that adds synthetic patients to nodule-classification; empty for none.",
+    "augment_patients": "How many synthetic patients it adds. They cost no privacy; see client/augmentation.py.",
     "server": 'Where the server listens, "host:port". Its certificate must come from ca.crt in this folder.',
     "proxy": 'HTTP proxy towards the server, "http://host:port"; empty for none.',
     "keep_alive_s": "A sign of life after so many idle seconds, so that a firewall keeps the connection.",
@@ -54,6 +56,8 @@ class SitePolicy:
     max_weights_norm: float = 1e4
     hours: str = "any"
     days: tuple[str, ...] = DAYS
+    augment_with: str = ""
+    augment_patients: int = 200
     server: str = ""
     proxy: str = ""
     keep_alive_s: float = 60.0
@@ -74,6 +78,7 @@ class SitePolicy:
             "max-grad-norm must be positive": self.max_grad_norm > 0.0,
             "max-sample-rate must lie in (0, 1]": 0.0 < self.max_sample_rate <= 1.0,
             "max-weights-norm must be positive": self.max_weights_norm > 0.0,
+            "augment-patients must lie between 1 and 10000": 1 <= self.augment_patients <= 10_000,
             'server must be "host:port"': not self.server or is_address(self.server),
             'proxy must be "http://host:port"': not self.proxy or is_address(self.proxy.removeprefix("http://")),
             "keep-alive-s must lie between 10 and 7200": 10.0 <= self.keep_alive_s <= 7200.0,

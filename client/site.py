@@ -19,6 +19,7 @@ import numpy as np
 from flwr.app import RecordDict
 
 from client.audit import AuditLog, AuditSession
+from client.augmentation import Augmented, Synthetic, load_synthetic
 from client.chain import Head
 from client.config import SitePolicy, is_name
 from client.ledger import Ledger, ReleaseRequest, Reservation
@@ -81,6 +82,32 @@ class Site:
         """The hospital's prepared patients."""
         return RecordStore.open(self.folder / STORE)
 
+    def synthetic(self, task: Task) -> Synthetic | None:
+        """The synthetic patients that ``augment-with`` adds to a task's; ``None`` if there are none.
+
+        Raises:
+            PolicyError: If the checkpoint is not one that may draw them.
+            StorageError: If it is missing or damaged.
+        """
+        if not (self.policy.augment_with and task.augmented_by):
+            return None
+        return load_synthetic(self.folder / self.policy.augment_with, task, self.policy.augment_patients)
+
+    def check_augmentation(self) -> None:
+        """Check at the start that ``augment-with`` can be obeyed, rather than when a run begins.
+
+        Raises:
+            PolicyError: If no permitted task takes synthetic patients, or the checkpoint may not draw them.
+            StorageError: If the checkpoint is missing or damaged.
+        """
+        if not self.policy.augment_with:
+            return
+        takers = [task for name in self.policy.tasks if (task := find_task(name)).augmented_by]
+        if not takers:
+            raise PolicyError("site.toml has augment-with, but no task of it takes synthetic patients. Take it out.")
+        for task in takers:
+            self.synthetic(task)
+
     def answer(self, kind: str, content: RecordDict) -> SiteOffer | TrainReply:
         """Answer a message of any type, or raise what the guard turns into a code.
 
@@ -101,7 +128,7 @@ class Site:
         plan, run = query.plan, self._run(query.run)
         asked = {"kind": "query", "run": run, "plan": plan.digest}
         with self.audit.decision(**asked) as log:
-            self._admit(plan)
+            self.synthetic(self._admit(plan))
             if self.ledger.plan_of(run) not in (None, plan.digest):
                 raise ProtocolError("This run began here under another plan.", ErrorCode.PLAN_CHANGED)
             earlier = self.ledger.mechanisms(except_run=run)
@@ -122,19 +149,23 @@ class Site:
         with self.audit.decision(**asked) as log:
             task = self._admit(plan)
             check_weights(request.weights, task, self.policy)
+            synthetic = self.synthetic(task)
+            if synthetic:
+                asked["augmented"] = synthetic.checkpoint
             reservation = self._reserve(request, log, asked)
         if reservation.reply is not None:
             return TrainReply(request.round, plan.digest, np.frombuffer(reservation.reply, np.float32))
         if reservation.key is None:
             raise ProtocolError("This release is closed.", ErrorCode.REPLAY_MISMATCH)
         with self.audit.failures("failed", **asked):
+            own, added = task.load(self.store), synthetic.patients if synthetic else None
             weights = train_round(
                 task,
-                task.load(self.store),
+                Augmented(task.load(added), own) if added else own,
                 plan,
                 request.round,
                 request.weights,
-                declared_patients=self.policy.declared_patients,
+                declared_patients=self.policy.declared_patients + (len(added) if added else 0),
                 randomness=self._randomness(reservation.key),
             )
             with self.audit.session() as log:

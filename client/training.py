@@ -82,7 +82,7 @@ def train_round(
         plan: The agreed run.
         round_number: Counted from 1.
         weights: Global weights ``(D,)``.
-        declared_patients: The site's public number of patients.
+        declared_patients: The site's public number of patients, synthetic ones included.
         randomness: Of this release; with everything else equal, the same gives the same result.
 
     Raises:

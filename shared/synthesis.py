@@ -65,10 +65,14 @@ def generated_patches(model: ConditionalGan, labels: Tensor, seed: int) -> Patch
     return Patches(model.sample(labels, Generator().manual_seed(seed))[:, 0], labels)
 
 
-def train_classifier(patches: Patches, seed: int, steps: int | None = None) -> LungCTNet:
-    """Return a LungCTNet trained on ``patches``, both classes equally often, turned and shifted at random.
+def train_classifier(patches: Patches, seed: int, *, upright: bool = False, steps: int | None = None) -> LungCTNet:
+    """Return a LungCTNet trained on ``patches``, both classes equally often, shifted and turned at random.
 
-    By default for ``STEPS`` steps.
+    Args:
+        patches: Of one class at least.
+        seed: Of everything random.
+        upright: Whether the patches have an up and a down and so are not turned.
+        steps: By default ``STEPS``.
     """
     steps = steps or STEPS
     with torch.random.fork_rng(devices=[]):
@@ -82,7 +86,7 @@ def train_classifier(patches: Patches, seed: int, steps: int | None = None) -> L
             picks = [m[torch.randint(len(m), (BATCH // len(members),), generator=generator)] for m in members]
             batch = patches.at(torch.cat(picks))
             optimizer.zero_grad()
-            F.cross_entropy(model(_augmented(batch.images, generator)), batch.labels).backward()
+            F.cross_entropy(model(_augmented(batch.images, generator, turned=not upright)), batch.labels).backward()
             optimizer.step()
             decay.step()
     return model.eval()
@@ -179,12 +183,13 @@ def faults(values: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _augmented(images: Tensor, generator: Generator) -> Tensor:
+def _augmented(images: Tensor, generator: Generator, *, turned: bool) -> Tensor:
     """Return ``(N, 1, 28, 28)``: cut at random, turned together, each with its own brightness and contrast."""
     room = images.shape[-1] - PATCH_PX
     top, left, turns = (int(torch.randint(n, (1,), generator=generator)) for n in (room + 1, room + 1, 8))
     cut = images[:, None, top : top + PATCH_PX, left : left + PATCH_PX]
-    cut = torch.rot90(cut.flip(-1) if turns % 2 else cut, turns // 2, (-2, -1))
+    if turned:
+        cut = torch.rot90(cut.flip(-1) if turns % 2 else cut, turns // 2, (-2, -1))
     noise = torch.randn(2, len(images), 1, 1, 1, generator=generator)
     return (cut * (1.0 + 0.1 * noise[0]) + 0.05 * noise[1]).clamp(0.0, 1.0)
 

@@ -24,6 +24,8 @@ Examples:
 
   fedward-sim run --task nodule-classification --data hospital-a --data hospital-b --out runs/mine
 
+  fedward-sim run --augment-with runs/gan/server/checkpoints/round-00040.safetensors --out runs/augmented
+
   fedward-sim run --resume runs/first
 """
 _SYNTHESISE_EXAMPLES = """
@@ -32,6 +34,13 @@ Examples:
   fedward-sim run --task ct-synthesis --epsilon 10 --patients-per-site 400 --out runs/gan
 
   fedward-sim synthesise runs/gan/server/checkpoints/round-00040.safetensors --count 200 --out synthetic
+"""
+_DEAL_EXAMPLES = """
+Examples:
+
+  fedward-sim deal slices.npz --seed 7 --out hospitals
+
+  fedward-sim deal pneumoniamnist_train_val.npz --sites 1 --out xrays   # and xrays/heldout, for 'run --heldout'
 """
 app = typer.Typer(
     no_args_is_help=True,
@@ -70,6 +79,10 @@ def run(
     workers: Annotated[int | None, typer.Option(min=1, help="Worker processes. Default: the cores.")] = None,
     init: Annotated[
         Path | None, typer.Option(help="A public checkpoint to start from, or 'random'. Default: the task's, if any.")
+    ] = None,
+    augment_with: Annotated[
+        Path | None,
+        typer.Option(help="A private ct-synthesis checkpoint; every hospital adds 200 patients drawn from it."),
     ] = None,
     patience: Annotated[int | None, typer.Option(min=0, help="Stop after so many rounds without gain.")] = None,
     local_steps: Annotated[int | None, typer.Option(min=1, help="Steps a site takes each round.")] = None,
@@ -127,6 +140,7 @@ def run(
         ray_address=ray_address,
         workers=_workers(workers),
         init=_start(init),
+        augment_with=str(augment_with.resolve()) if augment_with else None,
         plan={name: value for name, value in fields.items() if value is not None},
     )
     with _resumable(out):
@@ -164,17 +178,17 @@ def generate(
         _CONSOLE.print(str(folder), highlight=False, markup=False)
 
 
-@app.command(epilog="Example:  fedward-sim deal slices.npz --sites 4 --seed 7 --out hospitals")
+@app.command(epilog=_DEAL_EXAMPLES)
 def deal(
-    archive: Annotated[Path, typer.Argument(help="NumPy archive of real LIDC nodule slices.")],
+    archive: Annotated[Path, typer.Argument(help="NumPy archive of nodule slices, nodule cubes or chest X-rays.")],
     out: Annotated[Path, typer.Option(help="New folder; one prepared hospital each, for 'run --data'.")],
     sites: Annotated[int, typer.Option(min=1, help="How many hospitals.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same hospitals.")] = 0,
 ) -> None:
-    """Deal real nodule slices to prepared hospitals."""
-    from simulations.generators.slices import deal_slices
+    """Deal real images that others prepared to prepared hospitals."""
+    from simulations.generators.archives import deal_archive
 
-    for folder in deal_slices(archive, out, sites=sites, seed=seed):
+    for folder in deal_archive(archive, out, sites=sites, seed=seed):
         _CONSOLE.print(str(folder), highlight=False, markup=False)
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from flwr.app import Context, RecordDict, UserConfig
 
+from client.augmentation import load_synthetic
 from client.site import Site
 from server.checkpoints import checkpoint_sha256, latest_checkpoint
 from server.registry import Registry, finite
@@ -68,6 +69,7 @@ class Simulation:
     ray_address: str | None = None
     workers: int = 1
     init: str | None = None
+    augment_with: str | None = None
     plan: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -82,6 +84,8 @@ class Simulation:
             raise PlanError(f"--max-epsilon must be positive, not {self.max_epsilon}.")
         if self.baselines and find_task(self.task).post_process:
             raise PlanError(f"--baselines cannot train the task {self.task} alone; its summary has real_auroc instead.")
+        if self.augment_with and not find_task(self.task).augmented_by:
+            raise PlanError(f"The task {self.task} cannot be augmented with synthetic patients.")
         if self.backend not in BACKENDS:
             raise PlanError(f"The backend must be one of {', '.join(BACKENDS)}, not {self.backend!r}.")
 
@@ -123,7 +127,8 @@ def start(simulation: Simulation, out: Path, display: Display) -> dict[str, Any]
     """
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        given = [Path(path).resolve() for path in (*simulation.data, simulation.heldout, simulation.start) if path]
+        inputs = (*simulation.data, simulation.heldout, simulation.start, simulation.augment_with)
+        given = [Path(path).resolve() for path in inputs if path]
         if any(path.is_relative_to(out.resolve()) for path in given):
             raise StorageError(f"The input lies inside {out}, which is the run's own folder. Give another --out.")
         present = {entry.name for entry in out.iterdir()}
@@ -211,7 +216,9 @@ def _agree(simulation: Simulation, federation: Federation, out: Path) -> RunPlan
         overrides=overrides,
     )
     cap = simulation.epsilon if simulation.max_epsilon is None else simulation.max_epsilon
-    write_policies(federation, task=plan.task, max_epsilon=cap)
+    if simulation.augment_with:
+        load_synthetic(Path(simulation.augment_with), find_task(plan.task), 1)  # a bad one is said before the run
+    write_policies(federation, task=plan.task, max_epsilon=cap, augment_with=simulation.augment_with or "")
     values = finite({**asdict(plan), "digest": plan.digest, "epsilon": plan.epsilon()})
     write_atomic(path, json.dumps(values, indent=1).encode())
     return plan
@@ -251,6 +258,8 @@ def read_plan(path: Path) -> RunPlan:
 def _note_origin(registry: Registry, simulation: Simulation, plan: RunPlan) -> None:
     registry.begin(RUN, plan)
     origin = "Data given by the researcher." if simulation.data else find_source(simulation.task).origin
+    if simulation.augment_with:
+        origin += f" Every hospital adds synthetic patients drawn from {Path(simulation.augment_with).name}."
     registry.add_note(RUN, "data", origin)
     start_note = f"public checkpoint {simulation.start} (SHA-256 {plan.init})" if simulation.start else "random weights"
     registry.add_note(RUN, "start", start_note)

@@ -118,7 +118,7 @@ def prepare_federation(
     return federation
 
 
-def write_policies(federation: Federation, *, task: str, max_epsilon: float) -> None:
+def write_policies(federation: Federation, *, task: str, max_epsilon: float, augment_with: str = "") -> None:
     """Give each site its ``site.toml``, ledger and audit log; infinite ``max_epsilon`` permits zero noise."""
     for name, declared, folder in zip(federation.names, federation.declared_patients, federation.sites, strict=True):
         SitePolicy(
@@ -128,6 +128,7 @@ def write_policies(federation: Federation, *, task: str, max_epsilon: float) -> 
             max_epsilon=max_epsilon,
             max_delta=1.0 / declared,
             min_noise_multiplier=0.0 if np.isinf(max_epsilon) else 0.3,
+            augment_with=augment_with,
         ).write(folder / "site.toml")
         open_books(folder)
 

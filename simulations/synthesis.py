@@ -19,6 +19,7 @@ from shared.synthesis import (
     samples_sheet,
     train_classifier,
 )
+from shared.tasks.ct_nodules import is_upright
 from shared.tasks.ct_synthesis import SIDE_PX, build
 from shared.tasks.nodule_classification import judge_nodules
 from simulations.attacks import copying, membership
@@ -46,12 +47,14 @@ def examine(checkpoint: Path, training: RecordStore, judged: RecordStore, out: P
     with storage_errors(checkpoint):
         model = _model(checkpoint.read_bytes())
     real = real_patches(judged, SIDE_PX)
-    reference = train_classifier(real_patches(training, SIDE_PX), _SEED)
+    reference = train_classifier(real_patches(training, SIDE_PX), _SEED, upright=is_upright(training))
     others = real.at(torch.from_numpy(np.flatnonzero(halves(judged)[1])))
     with storage_errors(out):
         write_atomic(out / SAMPLES, samples_sheet(others, generated_patches(model, others.labels, _SEED)))
+    students = judge_nodules(judged, malignancy(reference, real)).metrics
     return {
-        "real_auroc": judge_nodules(judged, malignancy(reference, real)).metrics["auroc"],
+        "real_auroc": students["auroc"],
+        "real_balanced_accuracy": students["balanced_accuracy"],
         **membership(model, training, judged),
         "neighbour_ratio": copying(model, reference, training, judged),
     }

@@ -45,8 +45,27 @@ class Discriminator(nn.Module):
         return logits
 
 
+class Smoothing(nn.Module):
+    """A fixed low pass of one pixel: the binomial 1, 2, 1 along both axes, borders repeated.
+
+    Transposed convolutions with stride leave a chequerboard, and a noised discriminator does not unlearn it; the
+    binomial is zero at the chequerboard's frequency. It has no weights.
+    """
+
+    kernel: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        line = torch.tensor([0.25, 0.5, 0.25])
+        self.register_buffer("kernel", torch.outer(line, line)[None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return images ``(N, 1, side, side)`` of the same size."""
+        return F.conv2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), self.kernel)
+
+
 class Generator(nn.Module):
-    """Transposed convolutions from a latent vector and a class to an image.
+    """Transposed convolutions from a latent vector and a class to an image, smoothed before the last nonlinearity.
 
     Args:
         width: Channels of the last hidden layer, a multiple of 8; every layer before it has twice as many.
@@ -74,6 +93,7 @@ class Generator(nn.Module):
             nn.GroupNorm(_GROUPS, channels),
             nn.ReLU(),
             nn.ConvTranspose2d(channels, 1, kernel_size=4, stride=2, padding=1),
+            Smoothing(),
             nn.Sigmoid(),
         ]
         self.layers = nn.Sequential(*layers)

@@ -131,6 +131,8 @@ class Task:
         judged_every: The server evaluates after every so many rounds, and at the start and the end.
         records_at_once: Most records in one pass of a private step, for a task of small records; see
             :func:`shared.dp.step.patients_at_once`.
+        augmented_by: Name of the task whose checkpoints can draw synthetic patients for this one; empty if none can.
+        as_patients: Draws so many synthetic patients from a model, as a store; the same from the same model.
         example: Makes ``N`` random inputs of the model, ``(N, ...)``; without it the model cannot be exported.
     """
 
@@ -148,4 +150,6 @@ class Task:
     settle: Callable[[nn.Module], None] | None = None
     judged_every: int = 1
     records_at_once: int | None = None
+    augmented_by: str = ""
+    as_patients: Callable[[nn.Module, int], RecordStore] | None = None
     example: Callable[[int], Tensor] | None = None

@@ -9,7 +9,8 @@ One record is one axial patch through a nodule. Fields of the store (kind ``ct-n
     vendor       uint8 (R,): position in ``VENDORS``
 
 A patch is wider than the 28×28 the network sees by ``MARGIN_PX`` on each side, so that shifts and turns
-need no padding.
+need no padding. A nodule looks as likely from every side; a store whose images have an up and a down says so by the
+attribute ``UPRIGHT``.
 """
 
 from dataclasses import dataclass
@@ -28,9 +29,15 @@ MARGIN_PX: Final = 4
 STORED_PX: Final = PATCH_PX + 2 * MARGIN_PX
 SLICE_OFFSETS_MM: Final = (-2.0, 0.0, 2.0)
 """Where a nodule's axial patches lie, relative to its centre: three records a nodule."""
+UPRIGHT: Final = "upright"
 VENDORS: Final = ("GE", "Siemens", "Philips", "Toshiba", "other")
 UNDECIDED_MALIGNANCY: Final = 3
 """Readers' median that says neither benign nor malignant; such nodules are left out, as is usual for LIDC."""
+
+
+def is_upright(store: RecordStore) -> bool:
+    """Whether the store's images have an up and a down, so that they must not be turned."""
+    return bool(store.attributes.get(UPRIGHT, False))
 
 
 @dataclass(frozen=True)

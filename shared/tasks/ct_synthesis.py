@@ -17,6 +17,7 @@ References:
     Lim, Ye, "Geometric GAN", 2017: the hinge loss.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import Any, Final, cast
@@ -29,7 +30,7 @@ from torch.optim import Adam
 
 from shared.models.gan import ConditionalGan
 from shared.plan import RunPlan
-from shared.records import RecordStore
+from shared.records import KEY_BYTES, RecordStore
 from shared.synthesis import (
     CLASSES,
     Patches,
@@ -46,7 +47,7 @@ from shared.synthesis import (
     train_classifier,
 )
 from shared.tasks.base import Batch, Evaluation, Task
-from shared.tasks.ct_nodules import STORE_KIND, STORED_PX, StoredPatients
+from shared.tasks.ct_nodules import STORE_KIND, STORED_PX, VENDORS, StoredPatients, is_upright
 from shared.tasks.nodule_classification import judge_nodules
 from shared.tasks.sampling import draw_records
 
@@ -58,6 +59,7 @@ _BATCH: Final = 32
 _BETAS: Final = (0.5, 0.99)
 _FOR_CLASSIFIER: Final = 1024
 _EVALUATION_SEED: Final = 20
+_PATIENTS_SEED: Final = 21
 
 
 @dataclass(frozen=True)
@@ -68,20 +70,27 @@ class SynthesisPatients(StoredPatients):
         """Draw patches ``(B, K, 32, 32)``, labels ``(B, K)`` and latents ``(B, K, Z)``."""
         rows = draw_records(self.store.offsets, patients, records_per_patient, generator)
         stored = torch.from_numpy(np.asarray(self.store.arrays["image"][rows.ravel()], np.float32))
-        images = _turned_and_shifted(stored, generator).view(*rows.shape, SIDE_PX, SIDE_PX)
+        images = _shifted(stored, generator)
+        if not is_upright(self.store):
+            images = _turned(images, generator)
+        images = images.view(*rows.shape, SIDE_PX, SIDE_PX)
         labels = torch.from_numpy(np.asarray(self.store.arrays["malignant"][rows], np.int64))
         latents = torch.randn(*rows.shape, _LATENT, generator=generator)
         return Batch({"image": images, "malignant": labels, "latent": latents})
 
 
-def _turned_and_shifted(stored: Tensor, generator: Generator) -> Tensor:
-    """Return patches ``(N, 32, 32)`` cut from ``(N, 36, 36)``, each with its own shift and symmetry of the square."""
+def _shifted(stored: Tensor, generator: Generator) -> Tensor:
+    """Return patches ``(N, 32, 32)`` cut from ``(N, 36, 36)``, each with its own shift."""
     count = len(stored)
     shifts = torch.randint(0, STORED_PX - SIDE_PX + 1, (count, 2), generator=generator)
     steps = torch.arange(SIDE_PX)
     rows, columns = shifts[:, :1] + steps, shifts[:, 1:] + steps
-    patches = stored[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
-    chosen = torch.rand(3, count, 1, 1, generator=generator) < 0.5
+    return stored[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def _turned(patches: Tensor, generator: Generator) -> Tensor:
+    """Return patches ``(N, side, side)``, each under its own symmetry of the square."""
+    chosen = torch.rand(3, len(patches), 1, 1, generator=generator) < 0.5
     patches = torch.where(chosen[0], patches.transpose(-1, -2), patches)
     patches = torch.where(chosen[1], patches.flip(-2), patches)
     return torch.where(chosen[2], patches.flip(-1), patches)
@@ -147,17 +156,21 @@ def evaluate(model: nn.Module, store: RecordStore) -> Evaluation:
     Distances are taken in the features of a classifier trained on the real patches of every second patient, between
     the other patients' real patches and as many generated ones of the same classes.
     """
-    gan = cast(ConditionalGan, model)
+    gan, upright = cast(ConditionalGan, model), is_upright(store)
     real = real_patches(store, SIDE_PX)
     balanced = torch.arange(_FOR_CLASSIFIER) % len(CLASSES)
     made = generated_patches(gan, balanced, _EVALUATION_SEED)
     finite = bool(made.images.isfinite().all())
     if not finite:
         made = Patches(torch.zeros_like(made.images), made.labels)
-    students = judge_nodules(store, malignancy(train_classifier(made, _EVALUATION_SEED), real))
+    students = judge_nodules(store, malignancy(train_classifier(made, _EVALUATION_SEED, upright=upright), real))
     mine, others = (thin(real.at(torch.from_numpy(np.flatnonzero(half)))) for half in halves(store))
     matched = generated_patches(gan, others.labels, _EVALUATION_SEED + 1)
-    spaces = fidelity(train_classifier(mine, _EVALUATION_SEED), others, matched) if finite and len(others) else {}
+    spaces = (
+        fidelity(train_classifier(mine, _EVALUATION_SEED, upright=upright), others, matched)
+        if finite and len(others)
+        else {}
+    )
     logits = _logits(gan, others), _logits(gan, matched)
     diagnostics: dict[str, Any] = {
         "finite": finite,
@@ -167,6 +180,7 @@ def evaluate(model: nn.Module, store: RecordStore) -> Evaluation:
     return Evaluation(
         metrics={
             "tstr_auroc": students.metrics["auroc"],
+            "tstr_balanced_accuracy": students.metrics["balanced_accuracy"],
             **spaces,
             "diversity": diagnostics["diversity"],
             "discriminator_gap": float(logits[0].mean() - logits[1].mean()),
@@ -178,6 +192,31 @@ def evaluate(model: nn.Module, store: RecordStore) -> Evaluation:
             "cases": students.details["cases"],
             "positives": students.details["positives"],
         },
+    )
+
+
+def as_patients(model: nn.Module, count: int) -> RecordStore:
+    """Draw ``count`` patients of one patch each, the classes in turn, by numbers that are always the same.
+
+    A patch is carried to the store's size by repeating its border.
+    """
+    drawn = generated_patches(cast(ConditionalGan, model), torch.arange(count) % len(CLASSES), _PATIENTS_SEED)
+    margin = (STORED_PX - SIDE_PX) // 2
+    images = F.pad(drawn.images[:, None], [margin] * 4, mode="replicate")[:, 0].half().numpy()
+    names = [hashlib.sha256(f"synthetic/{number}".encode()).digest() for number in range(count)]
+    return RecordStore(
+        kind=STORE_KIND,
+        attributes={},
+        offsets=np.arange(count + 1),
+        keys=np.frombuffer(b"".join(name[:KEY_BYTES] for name in names), np.uint8).reshape(count, KEY_BYTES),
+        arrays={
+            "image": images,
+            "malignant": drawn.labels.numpy().astype(np.uint8),
+            "nodule": np.zeros(count, np.int32),
+            "diameter_mm": np.zeros(count, np.float32),
+            "vendor": np.full(count, VENDORS.index("other"), np.uint8),
+        },
+        digest=hashlib.sha256(images.tobytes()).hexdigest(),
     )
 
 
@@ -205,6 +244,7 @@ TASK = Task(
     post_process=teach_generator,
     settle=settle,
     judged_every=10,
+    as_patients=as_patients,
     example=example,
     defaults={
         "rounds": 40,

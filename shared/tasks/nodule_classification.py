@@ -124,6 +124,7 @@ TASK = Task(
     load=NodulePatients,
     loss=loss,
     evaluate=evaluate,
+    augmented_by="ct-synthesis",
     example=lambda count: torch.rand(count, 1, PATCH_PX, PATCH_PX),
     defaults={
         "rounds": 20,

@@ -13,7 +13,7 @@ from torch import Generator
 from client.training import Randomness, train_round
 from shared.dp.engine import BookKeeping
 from shared.drafting import draft_plan
-from shared.models.gan import ConditionalGan, Discriminator
+from shared.models.gan import ConditionalGan, Discriminator, Smoothing
 from shared.models.gan import Generator as ImageMaker
 from shared.records import RecordStore
 from shared.tasks import ct_synthesis
@@ -165,3 +165,13 @@ def test_a_vanished_discriminator_and_a_broken_generator_are_named(store: Record
     evaluation = TASK.evaluate(model, store)
     assert {"not-finite", "vanishing-discriminator"} <= set(evaluation.details["warnings"])
     assert np.isfinite(evaluation.value("tstr_auroc"))
+
+
+def test_smoothing_takes_the_chequerboard_and_leaves_the_even() -> None:
+    smoothing = Smoothing()
+    rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    chequers = ((rows + columns) % 2).float()[None, None]
+    torch.testing.assert_close(smoothing(chequers)[..., 1:-1, 1:-1], torch.full((1, 1, 6, 6), 0.5))
+    torch.testing.assert_close(smoothing(torch.full((1, 1, 8, 8), 0.3)), torch.full((1, 1, 8, 8), 0.3))
+    assert not list(smoothing.parameters())
+    assert not smoothing.state_dict()

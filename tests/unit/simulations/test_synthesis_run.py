@@ -1,15 +1,19 @@
 """The contract of a simulated ``ct-synthesis`` run, from prepared hospitals to summary, picture and report."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from client.synthesise import synthesise
-from shared.errors import PlanError
+from server.checkpoints import save_checkpoint
+from shared.errors import PlanError, StorageError
 from shared.records import RecordStore
+from shared.tasks.registry import find_task
 from simulations.display import Display
 from simulations.run import Simulation, resume, start
 
@@ -56,6 +60,36 @@ def test_a_start_without_public_weights_and_an_end_that_is_taken_up_again(
     again = resume(asked, out, DISPLAY)
     assert again["metrics"] == summary["metrics"]
     assert again["checkpoint"] == summary["checkpoint"]
+
+
+def test_a_generator_augments_every_hospital_of_a_run(data: tuple[str, ...], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    named = {"run": "gan", "task": "ct-synthesis", "plan_digest": "", "epsilon": 9.9, "delta": 1e-3}
+    private = save_checkpoint(tmp_path / "gan", find_task("ct-synthesis").build(), number=2, **named).path
+    asked = simulation(data[:1], task="nodule-classification", plan={"rounds": 1}, epsilon=float("inf"))
+    plain = start(asked, tmp_path / "plain", DISPLAY)
+    augmented = start(replace(asked, augment_with=str(private)), tmp_path / "augmented", DISPLAY)
+    assert augmented["checkpoint"]["sha256"] != plain["checkpoint"]["sha256"]
+    assert augmented["sites"] == plain["sites"]
+    assert "synthetic patients drawn from round-00002.safetensors" in augmented["data"]
+    resumed = resume(Simulation.load(tmp_path / "augmented"), tmp_path / "augmented", DISPLAY)
+    assert resumed["checkpoint"] == augmented["checkpoint"]
+
+
+def test_a_checkpoint_that_may_not_augment_stops_the_run_before_it_begins(
+    data: tuple[str, ...], tmp_path: Path
+) -> None:
+    with pytest.raises(PlanError, match="cannot be augmented"):
+        simulation(data, augment_with="some.safetensors")
+    asked = simulation(
+        data,
+        task="nodule-classification",
+        plan={"rounds": 1},
+        epsilon=float("inf"),
+        augment_with=str(tmp_path / "no.safetensors"),
+    )
+    with pytest.raises(StorageError, match="no"):
+        start(asked, tmp_path / "out", DISPLAY)
 
 
 def test_baselines_that_would_mean_nothing_are_refused(data: tuple[str, ...]) -> None:

@@ -1,0 +1,103 @@
+"""Synthetic patients beside a hospital's own: ``augment-with`` of ``site.toml``, or ``fedward-sim run --augment-with``.
+
+Privacy. The images are drawn from a generator's checkpoint that was released under privacy, by numbers that depend on
+nobody: they are post-processing, and the same whoever is in the store. Each image is one more patient, of a fixed
+number that ``site.toml`` states. So of two neighbouring data sets, with the same synthetic patients in both, one still
+has one patient more; that patient joins a step with the plan's ``sample_rate``, has one gradient clipped to the plan's
+bound, and so moves the sum as much as without synthetic patients. The noise is added to that sum as ever, and the
+ledger accounts for it as ever. The sum is divided by ``sample_rate`` times the declared *and* the synthetic patients, a
+public constant as before. What a synthetic patient's records become in a step hangs on that patient's own key, as
+everybody's do (:func:`client.training.draw_own`), and synthetic patients come first, so that adding a patient renumbers
+none of them.
+
+A checkpoint without a stated, finite epsilon is refused: its images may repeat patients, of this hospital too, in whose
+ledger it would then have no line.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from torch import Generator, Tensor
+
+from client.trained import load_trained
+from shared.errors import PlanError, PolicyError
+from shared.records import RecordStore
+from shared.tasks.base import Batch, PatientDataset, Task
+from shared.tasks.registry import find_task
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Patients who do not exist.
+
+    Attributes:
+        patients: One image each.
+        checkpoint: SHA-256 of the generator that drew them.
+    """
+
+    patients: RecordStore
+    checkpoint: str
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """A hospital's patients behind synthetic ones, as training sees them."""
+
+    synthetic: PatientDataset
+    own: PatientDataset
+
+    def __len__(self) -> int:
+        """Return the number of patients of both kinds."""
+        return len(self.synthetic) + len(self.own)
+
+    @property
+    def keys(self) -> npt.NDArray[np.uint8]:
+        """All pseudonyms ``(N, 16)``, the synthetic patients' first."""
+        return np.concatenate([self.synthetic.keys, self.own.keys])
+
+    def draw(self, patients: Tensor, records_per_patient: int, generator: Generator) -> Batch:
+        """Draw ``K`` augmented records of each patient ``(B,)``, as the data set does whose patient it is."""
+        if not len(patients):
+            return self.own.draw(patients, records_per_patient, generator)
+        first = len(self.synthetic)
+        return Batch.joined(
+            [
+                self.synthetic.draw(one, records_per_patient, generator)
+                if int(one) < first
+                else self.own.draw(one - first, records_per_patient, generator)
+                for one in patients.split(1)
+            ]
+        )
+
+
+def load_synthetic(checkpoint: Path, task: Task, count: int) -> Synthetic:
+    """Draw ``count`` synthetic patients for ``task``; the same checkpoint always gives the same ones.
+
+    Args:
+        checkpoint: Weights of the task that can draw them, with the JSON beside them that the server wrote.
+        task: Names the task that can, in ``augmented_by``.
+        count: How many.
+
+    Raises:
+        PolicyError: If the task takes no synthetic patients, or the checkpoint is not one that may draw them.
+        StorageError: If it is missing, damaged or changed.
+    """
+    if not task.augmented_by:
+        raise PolicyError(f"The task {task.name} cannot be augmented with synthetic patients. Take augment-with out.")
+    source = find_task(task.augmented_by)
+    if source.as_patients is None:
+        raise PolicyError(f"The task {source.name} draws no patients. Take augment-with out.")
+    try:
+        trained = load_trained(checkpoint, source.name, f"draw patients for {task.name}; give one of {source.name}")
+    except PlanError as error:
+        raise PolicyError(str(error)) from error
+    epsilon = trained.described.get("epsilon")
+    if not isinstance(epsilon, int | float) or not math.isfinite(epsilon):
+        raise PolicyError(
+            f"{checkpoint} states no epsilon: it was trained without privacy, so its images may repeat patients. "
+            "Give a checkpoint of a private run to augment-with."
+        )
+    return Synthetic(source.as_patients(trained.model, count), trained.sha256)

@@ -1,0 +1,245 @@
+"""Synthetic patients beside real ones: the promise to a real patient stays as it is, and so does the ledger."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import client.site
+from client import cli
+from client.augmentation import Augmented, Synthetic, load_synthetic
+from client.config import SitePolicy
+from client.site import Site, open_books
+from client.training import Randomness, train_round
+from shared.errors import PolicyError, StorageError
+from shared.messages import PlanQuery, TrainRequest
+from shared.plan import RunPlan
+from shared.records import RecordStore, write_store
+from shared.tasks.registry import find_task
+from shared.weights import pack
+
+TASK, GENERATOR = find_task("nodule-classification"), find_task("ct-synthesis")
+PLAN = RunPlan(
+    task=TASK.name,
+    rounds=2,
+    local_steps=1,
+    sample_rate=1.0,
+    records_per_patient=2,
+    max_grad_norm=0.2,
+    noise_multiplier=2.0,
+    delta=1e-3,
+    learning_rate=0.5,
+)
+COUNT = 8
+
+
+class Silence:
+    """Remembers the clipped sums and adds nothing."""
+
+    def __init__(self) -> None:
+        self.totals: list[torch.Tensor] = []
+
+    def add(self, total: torch.Tensor, standard_deviation: float) -> torch.Tensor:
+        assert standard_deviation > 0
+        self.totals.append(total.clone().flatten())
+        return total
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path / "generator.safetensors"
+    save_file(GENERATOR.build().state_dict(), path)
+    describe(path)
+    return path
+
+
+@pytest.fixture
+def make_site(tmp_path: Path, checkpoint: Path, make_nodule_store: Callable[..., RecordStore]) -> Callable[..., Site]:
+    def make(name: str, augment_with: str = str(checkpoint), tasks: tuple[str, ...] = (TASK.name,)) -> Site:
+        folder = tmp_path / name
+        make_nodule_store(folder / "store", patients=6)
+        SitePolicy(
+            name="h1",
+            declared_patients=10,
+            tasks=tasks,
+            max_epsilon=100.0,
+            augment_with=augment_with,
+            augment_patients=COUNT,
+        ).write(folder / "site.toml")
+        open_books(folder)
+        return Site(folder, simulation_seed=1)
+
+    return make
+
+
+def describe(path: Path, **changes: Any) -> None:
+    described = {"task": GENERATOR.name, "run": "r", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    path.with_suffix(".json").write_text(json.dumps({**described, "epsilon": 9.9, "delta": 1e-3, **changes}))
+
+
+def request() -> TrainRequest:
+    torch.manual_seed(0)
+    return TrainRequest("run", 1, PLAN, pack(TASK.build()))
+
+
+def clipped_sum(synthetic: Synthetic, own: RecordStore, plan: RunPlan = PLAN) -> torch.Tensor:
+    noise = Silence()
+    torch.manual_seed(0)
+    train_round(
+        TASK,
+        Augmented(TASK.load(synthetic.patients), TASK.load(own)),
+        plan,
+        1,
+        pack(TASK.build()),
+        declared_patients=10 + COUNT,
+        randomness=replace(Randomness.secure(bytes(32)), noise=noise),
+    )
+    return torch.cat(noise.totals)
+
+
+@pytest.mark.parametrize("gone", [0, 3, 6])
+def test_one_real_patient_moves_the_sum_by_the_bound_and_no_synthetic_one(
+    gone: int, checkpoint: Path, tmp_path: Path, make_nodule_store: Callable[..., RecordStore]
+) -> None:
+    """Were a synthetic patient's draw to hang on who else is there, the sums would differ by more than the bound."""
+    synthetic = load_synthetic(checkpoint, TASK, COUNT)
+    everybody = make_nodule_store(tmp_path / "all", patients=7)
+    fewer = everybody.subset(np.delete(np.arange(7), gone))
+    difference = float((clipped_sum(synthetic, everybody) - clipped_sum(synthetic, fewer)).norm())
+    assert difference == pytest.approx(PLAN.max_grad_norm, rel=1e-3)  # the bound binds, or it would say nothing
+
+
+def test_one_patient_more_renumbers_no_synthetic_one(
+    checkpoint: Path, tmp_path: Path, make_nodule_store: Callable[..., RecordStore]
+) -> None:
+    """They come first, so the same ones join a step whoever comes last among the real."""
+    synthetic, everybody = load_synthetic(checkpoint, TASK, COUNT), make_nodule_store(tmp_path / "all", patients=7)
+    half = replace(PLAN, sample_rate=0.5)
+    sums = [clipped_sum(synthetic, everybody.subset(np.arange(count)), half) for count in (6, 7)]
+    assert sums[0].norm() > PLAN.max_grad_norm
+    assert float((sums[1] - sums[0]).norm()) <= PLAN.max_grad_norm * 1.001
+
+
+def test_a_synthetic_patient_cannot_pass_the_bound_either(
+    checkpoint: Path, tmp_path: Path, make_nodule_store: Callable[..., RecordStore]
+) -> None:
+    own = make_nodule_store(tmp_path / "own", patients=6)
+    more, less = load_synthetic(checkpoint, TASK, COUNT + 1), load_synthetic(checkpoint, TASK, COUNT)
+    assert float((clipped_sum(more, own) - clipped_sum(less, own)).norm()) <= PLAN.max_grad_norm * 1.001
+
+
+def test_every_patient_draws_from_the_data_set_it_belongs_to(
+    checkpoint: Path, tmp_path: Path, make_nodule_store: Callable[..., RecordStore]
+) -> None:
+    synthetic, own = load_synthetic(checkpoint, TASK, COUNT), make_nodule_store(tmp_path / "own", patients=6)
+    both = Augmented(TASK.load(synthetic.patients), TASK.load(own))
+    assert len(both) == len(both.keys) == COUNT + 6
+    assert len({key.tobytes() for key in both.keys}) == COUNT + 6
+    drawn = both.draw(torch.tensor([COUNT + 2, 1]), 1, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    real = TASK.load(own).draw(torch.tensor([2]), 1, generator)
+    made = TASK.load(synthetic.patients).draw(torch.tensor([1]), 1, generator)
+    torch.testing.assert_close(drawn["image"], torch.cat([real["image"], made["image"]]))
+    assert len(both.draw(torch.arange(0), 2, generator)) == 0
+
+
+def test_the_same_checkpoint_draws_the_same_patients_of_both_classes(checkpoint: Path) -> None:
+    first, again = (load_synthetic(checkpoint, TASK, COUNT) for _ in range(2))
+    assert first.patients.digest == again.patients.digest
+    assert first.patients.arrays["malignant"].tolist() == [0, 1] * (COUNT // 2)
+    longer = load_synthetic(checkpoint, TASK, COUNT + 4).patients
+    np.testing.assert_array_equal(longer.keys[:COUNT], first.patients.keys)
+    store = write_store(checkpoint.parent / "as-store", kind="ct-nodules", patients=longer.items(), attributes={})
+    assert len(store) == COUNT + 4
+
+
+def test_the_ledger_the_offer_and_the_mechanism_are_as_without(make_site: Callable[..., Site]) -> None:
+    plain, augmented = make_site("plain", augment_with=""), make_site("augmented")
+    offers = [site.answer_query(PlanQuery("run", PLAN)) for site in (plain, augmented)]
+    assert offers[0] == offers[1]
+    replies = [site.answer_train(request()) for site in (plain, augmented)]
+    assert plain.ledger.mechanisms() == augmented.ledger.mechanisms() == (PLAN.mechanism(1),)
+    assert not np.allclose(replies[0].weights, replies[1].weights)
+
+
+def test_the_normaliser_counts_the_synthetic_patients_and_the_log_names_their_generator(
+    make_site: Callable[..., Site], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+
+    def remember(*arguments: Any, declared_patients: int, **more: Any) -> Any:
+        told.append(declared_patients)
+        return train_round(*arguments, declared_patients=declared_patients, **more)
+
+    monkeypatch.setattr(client.site, "train_round", remember)
+    site = make_site("h1")
+    site.answer_train(request())
+    make_site("h2", augment_with="").answer_train(request())
+    assert told == [10 + COUNT, 10]
+    (reserved,) = [entry for entry in site.audit.read()[0].entries if entry.event == "reserved"]
+    assert reserved.fields["augmented"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+
+
+def test_an_interrupted_round_gives_the_same_weights(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_site("whole").answer_train(request())
+    interrupted = make_site("interrupted")
+    with monkeypatch.context() as patched:
+        patched.setattr(client.site, "train_round", lambda *_a, **_k: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            interrupted.answer_train(request())
+    np.testing.assert_array_equal(Site(interrupted.folder, 1).answer_train(request()).weights, whole.weights)
+
+
+@pytest.mark.parametrize("epsilon", [None, float("inf"), "none"])
+def test_a_generator_that_was_not_private_is_refused(epsilon: object, checkpoint: Path) -> None:
+    describe(checkpoint, epsilon=epsilon)
+    with pytest.raises(PolicyError, match="without privacy"):
+        load_synthetic(checkpoint, TASK, COUNT)
+
+
+def test_other_files_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match="cannot be augmented"):
+        load_synthetic(checkpoint, GENERATOR, COUNT)
+    describe(checkpoint, task=TASK.name)
+    with pytest.raises(PolicyError, match="give one of ct-synthesis"):
+        load_synthetic(checkpoint, TASK, COUNT)
+    describe(checkpoint, sha256="0" * 64)
+    with pytest.raises(StorageError, match="was changed"):
+        load_synthetic(checkpoint, TASK, COUNT)
+    with pytest.raises(StorageError, match="none"):
+        load_synthetic(tmp_path / "none.safetensors", TASK, COUNT)
+
+
+def test_a_bad_checkpoint_is_said_at_the_start_and_at_the_query(
+    make_site: Callable[..., Site], checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_site("good").check_augmentation()
+    describe(checkpoint, epsilon=None)
+    site = make_site("bad")
+    for attempt in (site.check_augmentation, lambda: site.answer_query(PlanQuery("run", PLAN))):
+        with pytest.raises(PolicyError, match="states no epsilon"):
+            attempt()
+    assert site.ledger.mechanisms() == ()
+    useless = make_site("useless", tasks=("glucose-forecast",))
+    with pytest.raises(PolicyError, match="no task of it takes"):
+        useless.check_augmentation()
+    text = (site.folder / "site.toml").read_text().replace('server = ""', 'server = "localhost:1"')
+    (site.folder / "site.toml").write_text(text)
+    monkeypatch.setattr("sys.argv", ["fedward-site", "start", str(site.folder)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "states no epsilon" in capfd.readouterr().err
+
+
+def test_tasks_that_take_no_synthetic_patients_go_on_as_they_are(make_site: Callable[..., Site]) -> None:
+    assert make_site("h1").synthetic(GENERATOR) is None
