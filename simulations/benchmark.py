@@ -2,7 +2,8 @@
 
 A step is everything between two batches: forward, backward, clipping, noise, update. Times are CPU seconds of one
 thread; the engines take turns, so that a busy machine slows all alike, and medians are compared. The yardstick is
-the non-private step in its faster memory layout. Peak memory is what a fresh process grows by.
+the non-private step in its faster memory layout. Peak memory is what a fresh process grows by, the median of three:
+how blocks come to lie in memory differs from process to process.
 """
 
 import multiprocessing
@@ -18,7 +19,6 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from opacus import PrivacyEngine
 from torch import Generator, Tensor, nn
 from torch.optim import SGD
@@ -29,43 +29,14 @@ from shared.dp.noise import SeededNoise
 from shared.dp.step import PrivateStep, padded_parts, patients_at_once
 from shared.errors import PlanError, StorageError
 from shared.files import storage_errors, write_atomic
-from shared.models.cnn import LungCTNet
-from shared.models.gan import Discriminator
-from shared.models.recurrent import Forecaster, GlucoseForecaster
-from shared.models.unet import UNet
 from shared.tasks.base import Batch
-from shared.tasks.cgm_windows import HORIZON
-from shared.tasks.glucose_forecast import HISTORY, TASK, pinball_loss
+from shared.tasks.glucose_forecast import TASK
+from simulations.benchmark_cases import CASES, Case
 
-_WARM_UP = 3
+_WARM_UP, _PROCESSES = 3, 3
 _RATE = 0.01
 _DAMP = "Full backward hook is firing|Secure RNG turned off|Optimal order is"
 Step = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One model and its data.
-
-    Attributes:
-        build: Makes the model.
-        opacus: Makes the model that Opacus can hook, where that is another one.
-        draw: Returns ``(inputs, targets)`` of a batch.
-        loss: Returns ``(B,)`` from outputs and targets.
-        batches: Batch sizes of the full benchmark.
-        images: Whether a memory layout can be chosen.
-        records: Records of a patient where there are several: then a batch counts patients, ``draw`` gets the number
-            of records, and book-keeping takes its step as training does, in padded passes of one size. Opacus clips
-            each record for itself, for it knows no patients.
-    """
-
-    build: Callable[[], nn.Module]
-    draw: Callable[[int, Generator], tuple[Tensor, Tensor]]
-    loss: Callable[[Tensor, Tensor], Tensor]
-    batches: tuple[int, ...]
-    images: bool = True
-    opacus: Callable[[], nn.Module] | None = None
-    records: int = 1
 
 
 @dataclass(frozen=True)
@@ -82,78 +53,6 @@ class Measurement:
     peak_mib: float
 
 
-def _binary(outputs: Tensor, targets: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").flatten(1).mean(1)
-
-
-def _squared(outputs: Tensor, targets: Tensor) -> Tensor:
-    return (outputs - targets).square().mean(1)
-
-
-def _classes(outputs: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(outputs, targets, reduction="none")
-
-
-def _images(side: int) -> Callable[[int, Generator], tuple[Tensor, Tensor]]:
-    def draw(batch: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        images = torch.randn(batch, 1, side, side, generator=generator)
-        return images, (torch.rand(images.shape, generator=generator) > 0.7).float()
-
-    return draw
-
-
-def _labelled(side: int) -> Callable[[int, Generator], tuple[Tensor, Tensor]]:
-    def draw(batch: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        return _images(side)(batch, generator)[0], torch.randint(0, 2, (batch,), generator=generator)
-
-    return draw
-
-
-def _real(batch: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    return _images(28)(batch, generator)[0], torch.ones(batch, 1)
-
-
-def _readings(batch: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    return torch.randn(batch, 12, 3, generator=generator), torch.randn(batch, 12, generator=generator)
-
-
-def _recurrent(cell: str) -> Callable[[], nn.Module]:
-    return lambda: Forecaster(getattr(nn, cell))
-
-
-def _opacus_recurrent(cell: str) -> Callable[[], nn.Module]:
-    from opacus import layers  # noqa: PLC0415 - only this benchmark wants Opacus's cells
-
-    return lambda: Forecaster(getattr(layers, cell))
-
-
-def _windows(count: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    readings = torch.rand(count, HISTORY, 4, generator=generator) * torch.tensor([200.0, 5.0, 60.0, 1439.0])
-    return readings, 200.0 * torch.rand(count, HORIZON, generator=generator)
-
-
-def _forecaster(cell: type[nn.RNNBase] = nn.GRU) -> nn.Module:
-    """Return the task's model after its first steps: fresh, its read-out is zero and nothing else would move."""
-    model = GlucoseForecaster(cell)
-    nn.init.normal_(model.readout.weight, std=0.1)
-    return model
-
-
-def _opacus_forecaster() -> nn.Module:
-    from opacus.layers import DPGRU  # noqa: PLC0415 - see above
-
-    return _forecaster(DPGRU)
-
-
-CASES = {
-    "lungctnet": Case(LungCTNet, _labelled(28), _classes, (64, 256)),
-    "unet": Case(UNet, _images(64), _binary, (16,)),
-    "discriminator": Case(Discriminator, _real, _binary, (64,)),
-    "ct-discriminator": Case(lambda: Discriminator(12, 32, 2), _labelled(32), _classes, (64,)),
-    "lstm": Case(_recurrent("LSTM"), _readings, _squared, (256,), False, _opacus_recurrent("DPLSTM")),
-    "gru": Case(_recurrent("GRU"), _readings, _squared, (256,), False, _opacus_recurrent("DPGRU")),
-    "forecaster": Case(_forecaster, _windows, pinball_loss, (15, 64, 200), False, _opacus_forecaster, 4),
-}
 _MARKS = ("<!-- bench -->", "<!-- end of bench -->")
 ENGINES = ("nonprivate", "opacus", "opacus-ghost", "bookkeeping")
 
@@ -230,8 +129,8 @@ def _spread(times: Sequence[float]) -> float:
 def _peak_mib(engine: str, model: str, batch: int, keep_freed: bool) -> float:
     """Return how much a fresh process grows by taking steps, over one that took steps of two patients."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_growth, engine, model, batch, keep_freed).result()
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        return median(pool.map(_growth, *zip(*[(engine, model, batch, keep_freed)] * _PROCESSES, strict=True)))
 
 
 def _growth(engine: str, model: str, batch: int, keep_freed: bool) -> float:

@@ -213,7 +213,8 @@ def bench(
     import json
 
     from shared.files import write_atomic
-    from simulations.benchmark import CASES, as_json, as_markdown, document, measure
+    from simulations.benchmark import as_json, as_markdown, document, measure
+    from simulations.benchmark_cases import CASES
 
     rows = measure(list(CASES) if models == "all" else models.split(","), batch, repeats, keep_freed=keep_freed_memory)
     table = as_markdown(rows)

@@ -10,7 +10,8 @@ import torch
 
 from shared.errors import PlanError, StorageError
 from simulations import benchmark, cli
-from simulations.benchmark import CASES, ENGINES, _step, as_markdown, document, measure
+from simulations.benchmark import ENGINES, _step, as_markdown, document, measure
+from simulations.benchmark_cases import CASES
 
 
 def test_a_row_per_engine_with_every_field(monkeypatch: pytest.MonkeyPatch) -> None:
