@@ -1,10 +1,9 @@
-"""The two constants of Flower 1.39 that the aggregator sets otherwise: are they still where it sets them?"""
+"""What of Flower 1.39 the aggregator sets otherwise: is it still where it sets it?"""
 
-import sqlite3
 import subprocess
 import sys
 import threading
-from contextlib import closing
+from pathlib import Path
 
 import pytest
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError, pull_objects
@@ -53,17 +52,34 @@ def test_an_object_that_never_comes_is_given_up(monkeypatch: pytest.MonkeyPatch)
         http_grid.pull_objects(["object"], never)
 
 
-def test_the_superlink_waits_a_minute_for_its_own_database(tmp_path) -> None:
+TWO_SESSIONS = """
+from threading import Barrier, BrokenBarrierError, Thread
+from types import SimpleNamespace
+from flwr.supercore.sql_mixin import SqlMixin
+from sqlalchemy import create_engine
+from sqlalchemy.orm import sessionmaker
+state = SimpleNamespace(_session_factory=sessionmaker(create_engine("sqlite://")), _session_scope="one")
+both_inside, met = Barrier(2, timeout=1.0), []
+def enter():
+    with SqlMixin.session(state), SqlMixin.session(state):  # Flower nests them
+        try:
+            both_inside.wait()
+            met.append(True)
+        except BrokenBarrierError:
+            met.append(False)
+threads = [Thread(target=enter) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(met)
+"""
+
+
+@pytest.mark.parametrize("in_turn", [True, False])
+def test_the_superlinks_threads_take_its_database_in_turns(tmp_path: Path, in_turn: bool) -> None:
     config = ServerConfig(names=("localhost",), fleet_address="0.0.0.0", fleet_port=1, control_port=2, health_port=3)
     program = commands(tmp_path, config)[SUPERLINK][2]
-    ask = """
-import sqlite3
-connection = sqlite3.connect(":memory:")
-sql_mixin._set_sqlite_pragmas(connection, None)
-print(connection.execute("PRAGMA busy_timeout").fetchone()[0])
-"""
-    prepared = program[: program.index("import sys")] + ask
-    done = subprocess.run([sys.executable, "-c", prepared], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "60000"
-    with closing(sqlite3.connect(":memory:")) as plain:
-        assert plain.execute("PRAGMA busy_timeout").fetchone()[0] < 60_000
+    before = program[: program.index("import sys")] if in_turn else ""
+    done = subprocess.run([sys.executable, "-c", before + TWO_SESSIONS], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ("[False, False]" if in_turn else "[True, True]")
