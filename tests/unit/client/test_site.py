@@ -101,7 +101,7 @@ def test_a_policy_that_would_permit_anything_is_refused(tmp_path: Path, line: st
 
 
 def test_a_task_that_exists_but_is_not_permitted_is_refused(site: Site, tmp_path: Path) -> None:
-    replace(POLICY, tasks=("another",)).write(tmp_path / "site.toml")
+    replace(POLICY, tasks=("glucose-forecast",)).write(tmp_path / "site.toml")
     with pytest.raises(PolicyError, match="not permitted"):
         Site(tmp_path).answer_query(PlanQuery("run", PLAN))
 

@@ -211,7 +211,7 @@ def test_stores_of_another_kind_or_preparation_are_refused(data: tuple[str, ...]
 
 
 def test_a_refusal_tells_the_researcher_why(data: tuple[str, ...], tmp_path: Path) -> None:
-    with pytest.raises(FederationError, match="max_grad_norm is above"):
+    with pytest.raises(FederationError, match="max-grad-norm is above"):
         start(simulation(data, plan={"max_grad_norm": 50.0}), tmp_path / "out", DISPLAY)
 
 
