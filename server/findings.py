@@ -28,6 +28,8 @@ _BASELINE_LABELS = {
 _ACRONYMS = {
     "tstr_auroc": "AUROC trained on synthetic, tested on real",
     "real_auroc": "AUROC trained on real, tested on real",
+    "few_real_auroc": "AUROC trained on 40 real patches",
+    "few_real_and_synthetic_auroc": "AUROC trained on these 40 and as many synthetic a batch",
     "auroc": "AUROC",
     "brier": "Brier score",
     "f1": "F1",

@@ -51,6 +51,10 @@ class Patches:
         """Return the chosen patches."""
         return Patches(self.images[chosen], self.labels[chosen])
 
+    def __add__(self, other: "Patches") -> "Patches":
+        """Return both together."""
+        return Patches(torch.cat([self.images, other.images]), torch.cat([self.labels, other.labels]))
+
 
 def real_patches(store: RecordStore, side: int) -> Patches:
     """Return every record's centre of ``side`` pixels."""

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load
+from torch import Generator
 
 from shared.files import storage_errors, write_atomic
 from shared.models.gan import ConditionalGan
@@ -25,11 +26,15 @@ from shared.tasks.nodule_classification import judge_nodules
 from simulations.attacks import copying, membership
 
 SAMPLES = "samples.png"
+FEW_PATCHES = 40
 _SEED = 20
 
 
 def examine(checkpoint: Path, training: RecordStore, judged: RecordStore, out: Path) -> Mapping[str, Any]:
     """Attack the final model, train the same classifier on real patches, and write ``samples.png`` into ``out``.
+
+    The classifier is trained on all real patches, on ``FEW_PATCHES`` of them, and on these beside as many generated
+    ones in every batch.
 
     Args:
         checkpoint: Weights of the final model.
@@ -46,17 +51,21 @@ def examine(checkpoint: Path, training: RecordStore, judged: RecordStore, out: P
     torch.set_num_threads(1)
     with storage_errors(checkpoint):
         model = _model(checkpoint.read_bytes())
-    real = real_patches(judged, SIDE_PX)
-    reference = train_classifier(real_patches(training, SIDE_PX), _SEED, upright=is_upright(training))
+    real, trained_on, upright = real_patches(judged, SIDE_PX), real_patches(training, SIDE_PX), is_upright(training)
     others = real.at(torch.from_numpy(np.flatnonzero(halves(judged)[1])))
+    drawn = generated_patches(model, others.labels, _SEED)
     with storage_errors(out):
-        write_atomic(out / SAMPLES, samples_sheet(others, generated_patches(model, others.labels, _SEED)))
-    students = judge_nodules(judged, malignancy(reference, real)).metrics
+        write_atomic(out / SAMPLES, samples_sheet(others, drawn))
+    few = trained_on.at(torch.randperm(len(trained_on), generator=Generator().manual_seed(_SEED))[:FEW_PATCHES])
+    as_many = few.at(torch.arange(len(drawn)) % len(few))
+    teachers = {"real": trained_on, "few_real": few, "few_real_and_synthetic": as_many + drawn}
+    students = {name: train_classifier(patches, _SEED, upright=upright) for name, patches in teachers.items()}
+    judged_by = {name: judge_nodules(judged, malignancy(student, real)).metrics for name, student in students.items()}
     return {
-        "real_auroc": students["auroc"],
-        "real_balanced_accuracy": students["balanced_accuracy"],
+        **{f"{name}_auroc": metrics["auroc"] for name, metrics in judged_by.items()},
+        "real_balanced_accuracy": judged_by["real"]["balanced_accuracy"],
         **membership(model, training, judged),
-        "neighbour_ratio": copying(model, reference, training, judged),
+        "neighbour_ratio": copying(model, students["real"], training, judged),
     }
 
 

@@ -279,7 +279,8 @@ def test_mimic_is_read_and_what_the_gaps_make_of_it_is_counted(tmp_path, prepare
 
 def test_a_mapping_in_site_toml_names_columns_of_any_language(tmp_path, prepare):
     table = tmp_path / "site.toml"
-    policy = SitePolicy(name="st-anna", declared_patients=10, tasks=("glucose-forecast",), max_epsilon=1.0, max_delta=0.01)
+    tasks = ("glucose-forecast",)
+    policy = SitePolicy(name="st-anna", declared_patients=10, tasks=tasks, max_epsilon=1.0, max_delta=0.01)
     policy.write(table)
     text = table.read_text() + (
         '[glucose]\npatient = "Fallnummer"\ntime = "Messzeit"\nglucose = "Gewebezucker"\n'

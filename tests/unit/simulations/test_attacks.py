@@ -77,6 +77,8 @@ def test_the_examination_measures_and_leaves_a_picture(
     found = examine(tmp_path / "weights.safetensors", *stores, tmp_path)
     assert {"real_auroc", "membership_auc", "neighbour_ratio"} <= set(found)
     assert found["real_auroc"].value > 0.8
+    assert found["few_real_auroc"].value > 0.6
+    assert found["few_real_and_synthetic_auroc"].value > 0.6
     assert np.isfinite(found["neighbour_ratio"])
     assert (tmp_path / SAMPLES).read_bytes().startswith(b"\x89PNG")
 
