@@ -5,10 +5,12 @@
 The hospitals are prepared stores, and every run is judged on the same held-out patients. ``--patients`` takes the first
 so many of each hospital's; stores are ordered by pseudonym, so that is a fair draw, and the fewer are among the more.
 ``--set NAME=VALUE`` changes a field of the plan. DIR gets one folder for each run, with its ``samples.png``, and
-``study.md`` and ``study.json``; a study that was stopped goes on where it stood.
+``study.md``, ``study.json`` and, of several numbers of patients, ``patients.png``; a study that was stopped goes on
+where it stood.
 """
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from shared.errors import FederationError, PlanError
@@ -88,6 +91,8 @@ def carry_out(study: Study, out: Path, display: Display) -> list[dict[str, Any]]
         rows.append({"patients": held / len(data), "epsilon": str(epsilon), **values})
         write_atomic(out / "study.json", json.dumps(rows, indent=1).encode())
         write_atomic(out / "study.md", as_markdown(rows).encode())
+    if len(study.patients) > 1 and len(study.epsilons) == 1:
+        write_atomic(out / "patients.png", draw_by_patients(rows))
     return rows
 
 
@@ -98,6 +103,30 @@ def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         shown = " | ".join(_shown(row[name]) for name in FIGURES)
         lines.append(f"| {row['patients']:g} | {row['epsilon']} | {shown} |")
     return "\n".join(lines) + "\n"
+
+
+def draw_by_patients(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return a picture, PNG, of what classifiers learn from synthetic and from real images, by patients a hospital.
+
+    A figure that could not be computed leaves a gap.
+    """
+    figure = Figure(figsize=(6.0, 3.6), layout="constrained")
+    axes = figure.subplots()
+    patients = [row["patients"] for row in rows]
+    for name, label in (("tstr_auroc", "trained on synthetic images"), ("real_auroc", "trained on real images")):
+        values = np.array([[(row[name] or {}).get(part) for part in ("value", "low", "high")] for row in rows], float).T
+        axes.errorbar(
+            patients, values[0], (values[0] - values[1], values[2] - values[0]), label=label, marker="o", capsize=3
+        )
+    axes.set_xscale("log")
+    axes.set_xticks(patients, [f"{number:g}" for number in patients])
+    axes.minorticks_off()
+    axes.set_xlabel("Patients a hospital")
+    axes.set_ylabel("AUROC on real images, 95% interval")
+    axes.legend(frameon=False)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    return content.getvalue()
 
 
 def _shown(figure: Any) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 from shared.errors import PlanError
 from shared.records import RecordStore
 from simulations.display import Display
-from simulations.synthesis_study import FIGURES, Study, as_markdown, carry_out
+from simulations.synthesis_study import FIGURES, Study, as_markdown, carry_out, draw_by_patients
 
 DISPLAY = Display(Console(quiet=True))
 PLAN = {"rounds": 1, "local_steps": 1, "generator_steps": 1}
@@ -56,3 +56,10 @@ def test_a_study_has_a_row_for_each_run_and_goes_on_where_it_stood(study: Study,
 def test_more_patients_than_a_hospital_has_are_refused(study: Study, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="24 patients, fewer than 99"):
         carry_out(Study(data=study.data, heldout=study.heldout, patients=(99,)), tmp_path / "out", DISPLAY)
+
+
+def test_the_picture_by_patients_has_gaps_where_a_figure_is_missing() -> None:
+    known = {"value": 0.8, "low": 0.7, "high": 0.9}
+    rows = [{"patients": 50.0, "tstr_auroc": known, "real_auroc": None}]
+    rows.append({"patients": 200.0, "tstr_auroc": {**known, "low": None}, "real_auroc": known})
+    assert draw_by_patients(rows).startswith(b"\x89PNG")
