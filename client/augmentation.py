@@ -10,19 +10,23 @@ public constant as before. What a synthetic patient's records become in a step h
 everybody's do (:func:`client.training.draw_own`), and synthetic patients come first, so that adding a patient renumbers
 none of them.
 
-A checkpoint without a stated, finite epsilon is refused: its images may repeat patients, of this hospital too, in whose
-ledger it would then have no line.
+A checkpoint without a stated epsilon and delta is refused: its images may repeat patients, of this hospital too, in
+whose ledger it would then have no line. What the JSON beside the weights says is its owner's word, not a proof: the
+steward takes checkpoints of runs whose books this hospital keeps or trusts. Should the checkpoint be another one when a
+round is repeated after a crash, that is another computation under the same key; no reply of the first had left.
 """
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Generator, Tensor
 
 from client.trained import load_trained
+from shared.drafting import MOST_EPSILON
 from shared.errors import PlanError, PolicyError
 from shared.records import RecordStore
 from shared.tasks.base import Batch, PatientDataset, Task
@@ -94,10 +98,19 @@ def load_synthetic(checkpoint: Path, task: Task, count: int) -> Synthetic:
         trained = load_trained(checkpoint, source.name, f"draw patients for {task.name}; give one of {source.name}")
     except PlanError as error:
         raise PolicyError(str(error)) from error
-    epsilon = trained.described.get("epsilon")
-    if not isinstance(epsilon, int | float) or not math.isfinite(epsilon):
+    if not _is_private(trained.described):
         raise PolicyError(
-            f"{checkpoint} states no epsilon: it was trained without privacy, so its images may repeat patients. "
-            "Give a checkpoint of a private run to augment-with."
+            f"{checkpoint} states no epsilon and delta: it was trained without privacy, so its images may repeat "
+            "patients. Give a checkpoint of a private run to augment-with."
         )
     return Synthetic(source.as_patients(trained.model, count), trained.sha256)
+
+
+def _is_private(described: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint states a privacy that means something."""
+    epsilon, delta = (_number(described.get(name)) for name in ("epsilon", "delta"))
+    return 0.0 < epsilon <= MOST_EPSILON and 0.0 < delta < 1.0
+
+
+def _number(value: object) -> float:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else 0.0

@@ -112,7 +112,8 @@ def gram_norm(inputs: Tensor, outputs: Tensor, biases: int = 0) -> Tensor:
     each of the ``biases`` adds 1 to x_s·x_t. See :func:`norm_of_grams` for what is returned where positions cancel.
     """
     if inputs.shape[1] == 1:
-        return square_norm(outputs) * (square_norm(inputs) + biases)
+        lost = _lost(inputs.dtype)
+        return (square_norm(outputs) + lost) * (square_norm(inputs) + lost + biases)
     return norm_of_grams(gram(inputs).add_(biases), gram(outputs))
 
 
@@ -130,13 +131,21 @@ def norm_of_grams(inputs: Tensor, outputs: Tensor) -> Tensor:
     S + 8εM² (ε of the number format: what rounding takes off S), and at least 2¹⁸εM²/T, so that a coefficient of
     the clipped sum never magnifies rounding. The second takes effect only where positions cancel to about a sixth
     of what independent ones would: such a patient is clipped harder than need be, which costs no privacy.
+
+    Tiny values squared vanish altogether, though their product with huge ones on the other side does not: what an
+    entry of one matrix may lack is made up for by the trace of the other.
     """
-    magnitude = (
-        (inputs.diagonal(dim1=1, dim2=2) * outputs.diagonal(dim1=1, dim2=2)).clamp(min=0.0).sqrt().sum(1).square()
-    )
-    epsilon = torch.finfo(inputs.dtype).eps
-    products = (inputs * outputs).sum((1, 2)) + 8.0 * epsilon * magnitude
-    return torch.maximum(products, 2.0**18 * epsilon / inputs.shape[1] * magnitude)
+    of_inputs, of_outputs = (grams.diagonal(dim1=1, dim2=2).clamp(min=0.0) for grams in (inputs, outputs))
+    magnitude = (of_inputs * of_outputs).sqrt().sum(1).square()
+    epsilon, positions = torch.finfo(inputs.dtype).eps, inputs.shape[1]
+    vanished = positions * _lost(inputs.dtype) * (of_inputs.sum(1) + of_outputs.sum(1))
+    products = (inputs * outputs).sum((1, 2)) + 8.0 * epsilon * magnitude + vanished
+    return torch.maximum(products, 2.0**18 * epsilon / positions * magnitude)
+
+
+def _lost(dtype: torch.dtype) -> float:
+    """Return what a sum of squares may lack because they were too small for the number format: a million of them."""
+    return 2.0**20 * torch.finfo(dtype).tiny
 
 
 def gram_is_cheaper(positions: int, inputs: int, outputs: int) -> bool:

@@ -162,7 +162,7 @@ TASK = Task(
     loss=loss,
     evaluate=evaluate,
     example=example,
-    records_at_once=1024,
+    records_at_once=256,
     defaults={
         "rounds": 30,
         "local_steps": 8,

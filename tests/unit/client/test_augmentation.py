@@ -200,9 +200,17 @@ def test_an_interrupted_round_gives_the_same_weights(
     np.testing.assert_array_equal(Site(interrupted.folder, 1).answer_train(request()).weights, whole.weights)
 
 
-@pytest.mark.parametrize("epsilon", [None, float("inf"), "none"])
-def test_a_generator_that_was_not_private_is_refused(epsilon: object, checkpoint: Path) -> None:
-    describe(checkpoint, epsilon=epsilon)
+@pytest.mark.parametrize(
+    "claim",
+    [
+        *({"epsilon": value} for value in (None, float("inf"), "none", True, -1, 0, 1e9)),
+        {"delta": None},
+        {"delta": 1.0},
+    ],
+    ids=str,
+)
+def test_a_generator_that_was_not_private_is_refused(claim: dict[str, object], checkpoint: Path) -> None:
+    describe(checkpoint, **claim)
     with pytest.raises(PolicyError, match="without privacy"):
         load_synthetic(checkpoint, TASK, COUNT)
 

@@ -160,6 +160,27 @@ def test_a_patient_whose_records_cancel_does_not_pass_the_bound(case: str, apart
         assert total.norm() <= 1.0 + 1e-6
 
 
+@pytest.mark.parametrize("records", [1, 2])
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (seq(nn.Linear(64, 64, bias=False)), (64,)),
+        (seq(nn.Conv2d(16, 20, 4, stride=2, padding=1, bias=False)), (16, 4, 6)),
+        (seq(First(nn.LSTM(3, 16, bias=False, batch_first=True))), (2, 3)),
+    ],
+    ids=["linear", "convolution", "lstm"],
+)
+def test_values_whose_squares_vanish_do_not_pass_the_bound(build: Build, shape: tuple[int, ...], records: int) -> None:
+    """Squared, tiny inputs are nothing and the norm with them, unless what they lack is made up for."""
+    model = make(build, torch.float32)
+    engine = BookKeeping(model)
+    engine.start(2)
+    x = torch.full((2 * records, *shape), 2.6e-23)
+    engine.clipped_sum(4e17 * model(x).flatten(1).sum(1).view(2, records).sum(1), 1e-3, 1)
+    total = torch.cat([parameter.grad.flatten().double() for parameter in model.parameters()])
+    assert total.norm() <= 1e-3 * (1.0 + 1e-6)
+
+
 @pytest.mark.parametrize("case", [name for name, (_, shape) in CASES.items() if len(shape) == 3])
 def test_channels_last_agrees_too(case: str) -> None:
     build, shape = CASES[case]
