@@ -15,7 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 from server.children import die_with_parent
 from server.cohort import Member as Enrolled
 from server.config import ServerConfig
-from server.control import pull_promptly
+from server.grid import adapt_grid
 from server.members import Members, active
 from server.planning import open_heldout
 from server.registry import RUNNING
@@ -39,7 +39,7 @@ def main(grid: Grid, context: Context) -> None:
         run_federation(grid, job_from(config))
         return
     die_with_parent()
-    pull_promptly()
+    adapt_grid()
     folder = RunFolder(Path(config["server"]), config["run"])
     with folder.working(), _explained(folder):
         if folder.wanted == RUNNING:  # not if it was stopped while this process was starting

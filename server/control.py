@@ -1,4 +1,4 @@
-"""Flower's SuperLink and its Control API: the only file of the aggregator that uses what Flower 1.39 does not publish.
+"""Flower's SuperLink and its Control API; with :mod:`server.grid` all that the aggregator uses unpublished of Flower.
 
 The Control and Runtime APIs are one HTTPS port on loopback. Nothing but a thin bundle is ever submitted: it names
 ``server.app:app``, and what runs is what the operator installed.
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,7 @@ from flwr.proto.control_pb2 import (
 from flwr.proto.fab_pb2 import Fab
 from flwr.supercore.constant import NodeStatus
 from flwr.supercore.control import ControlHttpClient
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-from flwr.superlink.grid import http_grid
 
 from server.config import ServerConfig
 from shared.errors import FederationError
@@ -47,7 +45,6 @@ RUN_KEY, SERVER_KEY = "run", "server"
 SUPERLINK, SUPEREXEC = "superlink", "superexec"
 _EXECUTOR_POLL_S = 1.0
 _TIMEOUT_S = 10.0
-_UPLOAD_S = 120.0
 _RUNS_LOOKED_AT = 200
 """Flower lists every attempt ever made, latest first; unfinished ones are among the latest."""
 _BUNDLE = f"""\
@@ -255,19 +252,6 @@ def environment(server: Path) -> dict[str, str]:
         "NO_PROXY": ",".join(filter(None, (os.environ.get("NO_PROXY"), LOOPBACK, "localhost"))),
         "no_proxy": ",".join(filter(None, (os.environ.get("no_proxy"), LOOPBACK, "localhost"))),
     }
-
-
-def pull_promptly() -> None:
-    """Have this process's grid ask for a reply's objects again within milliseconds.
-
-    A reply is announced before its weights are there. Flower then sleeps for a second and more, and every other
-    reply waits behind this one: most rounds of a light task took a second longer for it. A site that announces a
-    reply and never sends it holds the others up for ``_UPLOAD_S`` at most; then it is asked again.
-    """
-    # The grid calls it by this name and gives no way to set its pauses.
-    http_grid.pull_objects = partial(  # type: ignore[attr-defined]
-        pull_objects, initial_backoff=0.01, backoff_cap=0.1, max_tries_per_object=None, max_time=_UPLOAD_S
-    )
 
 
 @cache
