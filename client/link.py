@@ -11,6 +11,7 @@ What Flower's private modules do is pinned by ``tests/contract/test_link.py`` ag
 
 import json
 import random
+import time
 from collections.abc import Iterator
 from itertools import islice
 from threading import Event, Thread
@@ -65,6 +66,7 @@ HEARTBEAT_S = 10.0  # the least that Flower permits: a dead site is noticed afte
 _CALL_S, _OBJECT_CALL_S, _LAST_CALL_S = 30.0, 300.0, 1.5
 _LAPSE_S = 1.0
 _OBJECT_PAUSES_S = (0.02, 0.04, 0.08, 0.16, *[0.25] * 480)  # two minutes for a message's objects to arrive
+_OBJECT_PATIENCE = 3.0  # a pause is at least so many times the server's answer
 _SERVER_TRIES, _PUSH_TRIES = 5, 3
 
 
@@ -239,12 +241,14 @@ class Link:
     def _pull_object(self, run: int, name: str) -> bytes:
         request = PullObjectRequest(node=self._node, run_id=run, object_id=name)
         for pause_s in _OBJECT_PAUSES_S:
+            asked = time.monotonic()
             answer = self._call("PullObject", request, _OBJECT_CALL_S)
             if answer.object_available:
                 return bytes(answer.object_content)
             if not answer.object_found:
                 break
-            self._stop.wait(pause_s)  # the server announces a message before its objects are there
+            # The server announces a message before its objects are there; and who answers slowly has many to answer.
+            self._stop.wait(max(pause_s, _OBJECT_PATIENCE * (time.monotonic() - asked)))
         raise ValueError("an announced object never came")
 
     def _call(self, name: str, request: Any, timeout_s: float = _CALL_S) -> Any:

@@ -27,7 +27,7 @@ def adapt_grid() -> None:
     http_grid.pull_objects = partial(  # type: ignore[attr-defined]
         pull_objects, initial_backoff=0.01, backoff_cap=0.1, max_tries_per_object=None, max_time=_UPLOAD_S
     )
-    http_grid.push_objects = push_messages_first  # type: ignore[attr-defined]
+    http_grid.push_objects = push_messages_first  # type: ignore[attr-defined, assignment]
 
 
 def push_messages_first(
