@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from shared.errors import PolicyError, StorageError
-from shared.files import storage_errors, sync_directory, write_atomic
+from shared.files import storage_errors, write_atomic, write_secret
 
 PRIVATE_KEY, PUBLIC_KEY, AUTHORITY = "site.key", "site.pub", "ca.crt"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -38,7 +38,7 @@ def make_key(folder: Path, name: str, declared_patients: int) -> None:
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
     )
-    _write_secret(folder / PRIVATE_KEY, private)
+    write_secret(folder / PRIVATE_KEY, private)
     write_public_key(folder, key, name, declared_patients)
 
 
@@ -101,24 +101,3 @@ def _certificate(path: Path, content: bytes) -> x509.Certificate:
         return x509.load_pem_x509_certificate(content)
     except ValueError as error:
         raise StorageError(f"{path} is not a PEM certificate; copy the server's ca.crt again.") from error
-
-
-def _write_secret(path: Path, content: bytes) -> None:
-    """Write a file that is the owner's alone from its first byte, and never overwrite one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with storage_errors(path):
-        temporary.unlink(missing_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with os.fdopen(descriptor, "wb") as handle:
-                handle.write(content)
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.link(temporary, path)  # unlike a rename, this fails where a key stands already
-            sync_directory(path.parent)
-        except FileExistsError as error:
-            raise StorageError(f"There is a key at {path} already; move it away first if it is to be replaced.") from (
-                error
-            )
-        finally:
-            temporary.unlink(missing_ok=True)

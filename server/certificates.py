@@ -6,7 +6,6 @@ touching a hospital.
 
 import datetime
 import ipaddress
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from shared.errors import PlanError, StorageError
-from shared.files import storage_errors, sync_directory, write_atomic
+from shared.files import write_atomic, write_secret
 
 CA_DAYS, SERVER_DAYS = 3653, 825
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -64,21 +63,6 @@ def renew_certificate(folder: Path, names: Sequence[str] = ()) -> datetime.datet
     certificate = _server(key, authority, ca_key, names or [str(alternative.value) for alternative in alternatives])
     write_atomic(folder / "server.crt", certificate.public_bytes(serialization.Encoding.PEM))
     return certificate.not_valid_after_utc
-
-
-def write_secret(path: Path, content: bytes) -> None:
-    """Write a new file that nobody else may read, not even while it is being written.
-
-    Raises:
-        StorageError: If it exists or cannot be written.
-    """
-    with storage_errors(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        sync_directory(path.parent)
 
 
 def expires(path: Path) -> datetime.datetime:

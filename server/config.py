@@ -10,9 +10,9 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from server.certificates import LOOPBACK_NAMES, make_certificates, write_secret
+from server.certificates import LOOPBACK_NAMES, make_certificates
 from shared.errors import PlanError, StorageError
-from shared.files import storage_errors, write_atomic
+from shared.files import storage_errors, write_atomic, write_secret
 from shared.records import RecordStore
 
 SETTINGS = "server.toml"

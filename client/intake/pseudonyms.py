@@ -9,11 +9,12 @@ import hmac
 import os
 import secrets
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from shared.errors import StorageError
-from shared.files import storage_errors, sync_directory
+from shared.files import SecretExists, storage_errors, write_secret
 from shared.records import KEY_BYTES
 
 SECRET_BYTES: Final = 32
@@ -54,7 +55,9 @@ def load_or_create_secret(path: Path) -> bytes:
     """
     with storage_errors(path):
         if not os.path.lexists(path):
-            _create_secret(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(SecretExists):  # somebody else was first
+                write_secret(path, secrets.token_bytes(SECRET_BYTES))
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         with os.fdopen(descriptor, "rb") as handle:
             shared_with_others = stat.S_IMODE(os.fstat(descriptor).st_mode) & 0o077
@@ -64,22 +67,3 @@ def load_or_create_secret(path: Path) -> bytes:
     if len(secret) != SECRET_BYTES:
         raise StorageError(f"The secret {path} is damaged. Restore it from the backup; do not make a new one.")
     return secret
-
-
-def _create_secret(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as handle:
-            handle.write(secrets.token_bytes(SECRET_BYTES))
-            handle.flush()
-            os.fsync(handle.fileno())
-        try:
-            # A link, unlike a rename, refuses an existing target: of two that start at once, one wins.
-            os.link(temporary, path)
-        except FileExistsError:
-            return
-        sync_directory(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)

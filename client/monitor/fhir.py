@@ -63,9 +63,7 @@ def write_fhir(folder: Path, alerts: Sequence[Alert]) -> None:
     for alert in alerts:
         for resource in (observation(alert), detected_issue(alert)):
             path = folder / f"{resource['resourceType']}-{alert.id}.json"
-            write_atomic(path, json.dumps(resource, indent=1).encode() + b"\n")
-            with storage_errors(path):
-                path.chmod(0o600)
+            write_atomic(path, json.dumps(resource, indent=1).encode() + b"\n", private=True)
 
 
 def make_folder(folder: Path) -> None:

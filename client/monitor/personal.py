@@ -126,13 +126,8 @@ def write_personal(out: Path, model: nn.Module, patient: str, base: Trained) -> 
         "salt": salt.hex(),
         "patient": pseudonym(salt, PatientIdentity("", patient)).hex(),
     }
-    for path in (out, sidecar):
-        with storage_errors(path):
-            path.touch(mode=0o600)
     for path, text in ((out, content), (sidecar, json.dumps(described, indent=1).encode())):
-        write_atomic(path, text)
-        with storage_errors(path):
-            path.chmod(0o600)
+        write_atomic(path, text, private=True)
 
 
 def _rows(record: RecordStore, split: int) -> Rows:
