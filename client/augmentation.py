@@ -10,14 +10,17 @@ public constant as before. What a synthetic patient's records become in a step h
 everybody's do (:func:`client.training.draw_own`), and synthetic patients come first, so that adding a patient renumbers
 none of them.
 
-A checkpoint without a stated epsilon and delta is refused: its images may repeat patients, of this hospital too, in
-whose ledger it would then have no line. What the JSON beside the weights says is its owner's word, not a proof: the
-steward takes checkpoints of runs whose books this hospital keeps or trusts. Should the checkpoint be another one when a
-round is repeated after a crash, that is another computation under the same key; no reply of the first had left.
+A checkpoint is refused whose stated epsilon or delta is above what ``site.toml`` permits for everything that leaves the
+hospital: its images may then repeat patients, of this hospital too, in whose ledger it has no line. What the JSON
+beside the weights says is its owner's word, not a proof: the steward takes checkpoints of runs whose books this
+hospital keeps or trusts. Should the checkpoint be another one when a round is repeated after a crash, that is another
+computation under the same key; no reply of the first had left.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Generator, Tensor
 
+from client.config import SitePolicy
 from client.trained import load_trained
-from shared.drafting import MOST_EPSILON
 from shared.errors import PlanError, PolicyError
 from shared.records import RecordStore
 from shared.tasks.base import Batch, PatientDataset, Task
@@ -38,12 +41,17 @@ class Synthetic:
     """Patients who do not exist.
 
     Attributes:
-        patients: One image each.
-        checkpoint: SHA-256 of the generator that drew them.
+        checkpoint: SHA-256 of the generator that draws them.
+        draw: Draws them.
     """
 
-    patients: RecordStore
     checkpoint: str
+    draw: Callable[[], RecordStore]
+
+    @cached_property
+    def patients(self) -> RecordStore:
+        """One image each, drawn when first asked for."""
+        return self.draw()
 
 
 @dataclass(frozen=True)
@@ -77,13 +85,13 @@ class Augmented:
         )
 
 
-def load_synthetic(checkpoint: Path, task: Task, count: int) -> Synthetic:
-    """Draw ``count`` synthetic patients for ``task``; the same checkpoint always gives the same ones.
+def load_synthetic(checkpoint: Path, task: Task, policy: SitePolicy) -> Synthetic:
+    """Return the synthetic patients of a checkpoint for ``task``; the same checkpoint always gives the same ones.
 
     Args:
         checkpoint: Weights of the task that can draw them, with the JSON beside them that the server wrote.
         task: Names the task that can, in ``augmented_by``.
-        count: How many.
+        policy: How many, and what epsilon and delta are good enough here.
 
     Raises:
         PolicyError: If the task takes no synthetic patients, or the checkpoint is not one that may draw them.
@@ -98,19 +106,25 @@ def load_synthetic(checkpoint: Path, task: Task, count: int) -> Synthetic:
         trained = load_trained(checkpoint, source.name, f"draw patients for {task.name}; give one of {source.name}")
     except PlanError as error:
         raise PolicyError(str(error)) from error
-    if not _is_private(trained.described):
+    _check_privacy(checkpoint, trained.described, policy)
+    return Synthetic(trained.sha256, partial(source.as_patients, trained.model, policy.augment_patients))
+
+
+def _check_privacy(checkpoint: Path, described: Mapping[str, Any], policy: SitePolicy) -> None:
+    epsilon, delta = (_number(described.get(name)) for name in ("epsilon", "delta"))
+    if not (epsilon and delta):
         raise PolicyError(
             f"{checkpoint} states no epsilon and delta: it was trained without privacy, so its images may repeat "
             "patients. Give a checkpoint of a private run to augment-with."
         )
-    return Synthetic(source.as_patients(trained.model, count), trained.sha256)
-
-
-def _is_private(described: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint states a privacy that means something."""
-    epsilon, delta = (_number(described.get(name)) for name in ("epsilon", "delta"))
-    return 0.0 < epsilon <= MOST_EPSILON and 0.0 < delta < 1.0
+    if epsilon > policy.max_epsilon or delta > policy.max_delta:
+        raise PolicyError(
+            f"{checkpoint} promises epsilon {epsilon:g} at delta {delta:g}; max-epsilon is {policy.max_epsilon:g} and "
+            f"max-delta {policy.max_delta:g} here. Give a checkpoint with more privacy to augment-with."
+        )
 
 
 def _number(value: object) -> float:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
+    """Return what a JSON value states, 0 if that is no positive finite number."""
+    stated = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
+    return stated if 0.0 < stated < math.inf else 0.0

@@ -91,7 +91,7 @@ class Site:
         """
         if not (self.policy.augment_with and task.augmented_by):
             return None
-        return load_synthetic(self.folder / self.policy.augment_with, task, self.policy.augment_patients)
+        return load_synthetic(self.folder / self.policy.augment_with, task, self.policy)
 
     def check_augmentation(self) -> None:
         """Check at the start that ``augment-with`` can be obeyed, rather than when a run begins.
@@ -149,16 +149,14 @@ class Site:
         with self.audit.decision(**asked) as log:
             task = self._admit(plan)
             check_weights(request.weights, task, self.policy)
-            synthetic = self.synthetic(task)
-            if synthetic:
-                asked["augmented"] = synthetic.checkpoint
-            reservation = self._reserve(request, log, asked)
+            reservation = self._reserve(request, task, log, asked)
         if reservation.reply is not None:
             return TrainReply(request.round, plan.digest, np.frombuffer(reservation.reply, np.float32))
         if reservation.key is None:
             raise ProtocolError("This release is closed.", ErrorCode.REPLAY_MISMATCH)
         with self.audit.failures("failed", **asked):
-            own, added = task.load(self.store), synthetic.patients if synthetic else None
+            own, synthetic = task.load(self.store), self.synthetic(task)
+            added = synthetic.patients if synthetic else None
             weights = train_round(
                 task,
                 Augmented(task.load(added), own) if added else own,
@@ -169,12 +167,12 @@ class Site:
                 randomness=self._randomness(reservation.key),
             )
             with self.audit.session() as log:
-                announce = self._announcement(log, asked, plan, None)
+                announce = self._announcement(log, asked | _generator(synthetic), plan, None)
                 self.ledger.commit(reservation, weights.tobytes(), announce)
         return TrainReply(request.round, plan.digest, weights)
 
-    def _reserve(self, request: TrainRequest, log: AuditSession, asked: Mapping[str, Any]) -> Reservation:
-        plan = request.plan
+    def _reserve(self, request: TrainRequest, task: Task, log: AuditSession, asked: Mapping[str, Any]) -> Reservation:
+        plan, details = request.plan, dict(asked)
         release = ReleaseRequest(
             run=self._run(request.run),
             round=request.round,
@@ -187,12 +185,13 @@ class Site:
         )
 
         def check(earlier: tuple[Mechanism, ...]) -> None:
-            """Only what is new is checked: a round that began within the hours may be repeated after them."""
+            """Only what is new is checked: a round that began may be repeated after hours, or its reply sent again."""
             check_hours(datetime.now(UTC), self.policy)
             check_budget(earlier, release.mechanism, plan, self.policy)
+            details.update(_generator(self.synthetic(task)))
 
         return self.ledger.reserve(
-            release, self._key(request), check, self._announcement(log, asked, plan, release.mechanism)
+            release, self._key(request), check, self._announcement(log, details, plan, release.mechanism)
         )
 
     def _announcement(
@@ -237,6 +236,10 @@ class Site:
 
     def _randomness(self, key: bytes) -> Randomness:
         return Randomness.secure(key) if self.simulation_seed is None else Randomness.simulated(key)
+
+
+def _generator(synthetic: Synthetic | None) -> dict[str, str]:
+    return {"augmented": synthetic.checkpoint} if synthetic else {}
 
 
 def _finite(epsilon: float) -> float | None:

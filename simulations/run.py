@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from flwr.app import Context, RecordDict, UserConfig
 
-from client.augmentation import load_synthetic
 from client.site import Site
 from server.checkpoints import checkpoint_sha256, latest_checkpoint
 from server.registry import Registry, finite
@@ -216,9 +215,9 @@ def _agree(simulation: Simulation, federation: Federation, out: Path) -> RunPlan
         overrides=overrides,
     )
     cap = simulation.epsilon if simulation.max_epsilon is None else simulation.max_epsilon
-    if simulation.augment_with:
-        load_synthetic(Path(simulation.augment_with), find_task(plan.task), 1)  # a bad one is said before the run
     write_policies(federation, task=plan.task, max_epsilon=cap, augment_with=simulation.augment_with or "")
+    for folder in federation.sites:
+        Site(folder).check_augmentation()  # a bad checkpoint is said before the run
     values = finite({**asdict(plan), "digest": plan.digest, "epsilon": plan.epsilon()})
     write_atomic(path, json.dumps(values, indent=1).encode())
     return plan

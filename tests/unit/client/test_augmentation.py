@@ -66,18 +66,15 @@ def make_site(tmp_path: Path, checkpoint: Path, make_nodule_store: Callable[...,
     def make(name: str, augment_with: str = str(checkpoint), tasks: tuple[str, ...] = (TASK.name,)) -> Site:
         folder = tmp_path / name
         make_nodule_store(folder / "store", patients=6)
-        SitePolicy(
-            name="h1",
-            declared_patients=10,
-            tasks=tasks,
-            max_epsilon=100.0,
-            augment_with=augment_with,
-            augment_patients=COUNT,
-        ).write(folder / "site.toml")
+        replace(policy(), tasks=tasks, augment_with=augment_with).write(folder / "site.toml")
         open_books(folder)
         return Site(folder, simulation_seed=1)
 
     return make
+
+
+def policy(count: int = COUNT) -> SitePolicy:
+    return SitePolicy(name="h1", declared_patients=10, tasks=(TASK.name,), max_epsilon=100.0, augment_patients=count)
 
 
 def describe(path: Path, **changes: Any) -> None:
@@ -110,7 +107,7 @@ def test_one_real_patient_moves_the_sum_by_the_bound_and_no_synthetic_one(
     gone: int, checkpoint: Path, tmp_path: Path, make_nodule_store: Callable[..., RecordStore]
 ) -> None:
     """Were a synthetic patient's draw to hang on who else is there, the sums would differ by more than the bound."""
-    synthetic = load_synthetic(checkpoint, TASK, COUNT)
+    synthetic = load_synthetic(checkpoint, TASK, policy())
     everybody = make_nodule_store(tmp_path / "all", patients=7)
     fewer = everybody.subset(np.delete(np.arange(7), gone))
     difference = float((clipped_sum(synthetic, everybody) - clipped_sum(synthetic, fewer)).norm())
@@ -121,7 +118,7 @@ def test_one_patient_more_renumbers_no_synthetic_one(
     checkpoint: Path, tmp_path: Path, make_nodule_store: Callable[..., RecordStore]
 ) -> None:
     """They come first, so the same ones join a step whoever comes last among the real."""
-    synthetic, everybody = load_synthetic(checkpoint, TASK, COUNT), make_nodule_store(tmp_path / "all", patients=7)
+    synthetic, everybody = load_synthetic(checkpoint, TASK, policy()), make_nodule_store(tmp_path / "all", patients=7)
     half = replace(PLAN, sample_rate=0.5)
     sums = [clipped_sum(synthetic, everybody.subset(np.arange(count)), half) for count in (6, 7)]
     assert sums[0].norm() > PLAN.max_grad_norm
@@ -132,14 +129,14 @@ def test_a_synthetic_patient_cannot_pass_the_bound_either(
     checkpoint: Path, tmp_path: Path, make_nodule_store: Callable[..., RecordStore]
 ) -> None:
     own = make_nodule_store(tmp_path / "own", patients=6)
-    more, less = load_synthetic(checkpoint, TASK, COUNT + 1), load_synthetic(checkpoint, TASK, COUNT)
+    more, less = load_synthetic(checkpoint, TASK, policy(COUNT + 1)), load_synthetic(checkpoint, TASK, policy())
     assert float((clipped_sum(more, own) - clipped_sum(less, own)).norm()) <= PLAN.max_grad_norm * 1.001
 
 
 def test_every_patient_draws_from_the_data_set_it_belongs_to(
     checkpoint: Path, tmp_path: Path, make_nodule_store: Callable[..., RecordStore]
 ) -> None:
-    synthetic, own = load_synthetic(checkpoint, TASK, COUNT), make_nodule_store(tmp_path / "own", patients=6)
+    synthetic, own = load_synthetic(checkpoint, TASK, policy()), make_nodule_store(tmp_path / "own", patients=6)
     both = Augmented(TASK.load(synthetic.patients), TASK.load(own))
     assert len(both) == len(both.keys) == COUNT + 6
     assert len({key.tobytes() for key in both.keys}) == COUNT + 6
@@ -152,10 +149,10 @@ def test_every_patient_draws_from_the_data_set_it_belongs_to(
 
 
 def test_the_same_checkpoint_draws_the_same_patients_of_both_classes(checkpoint: Path) -> None:
-    first, again = (load_synthetic(checkpoint, TASK, COUNT) for _ in range(2))
+    first, again = (load_synthetic(checkpoint, TASK, policy()) for _ in range(2))
     assert first.patients.digest == again.patients.digest
     assert first.patients.arrays["malignant"].tolist() == [0, 1] * (COUNT // 2)
-    longer = load_synthetic(checkpoint, TASK, COUNT + 4).patients
+    longer = load_synthetic(checkpoint, TASK, policy(COUNT + 4)).patients
     np.testing.assert_array_equal(longer.keys[:COUNT], first.patients.keys)
     store = write_store(checkpoint.parent / "as-store", kind="ct-nodules", patients=longer.items(), attributes={})
     assert len(store) == COUNT + 4
@@ -203,29 +200,70 @@ def test_an_interrupted_round_gives_the_same_weights(
 @pytest.mark.parametrize(
     "claim",
     [
-        *({"epsilon": value} for value in (None, float("inf"), "none", True, -1, 0, 1e9)),
+        *({"epsilon": value} for value in (None, float("inf"), float("nan"), "none", True, -1, 0)),
         {"delta": None},
-        {"delta": 1.0},
     ],
     ids=str,
 )
 def test_a_generator_that_was_not_private_is_refused(claim: dict[str, object], checkpoint: Path) -> None:
     describe(checkpoint, **claim)
     with pytest.raises(PolicyError, match="without privacy"):
-        load_synthetic(checkpoint, TASK, COUNT)
+        load_synthetic(checkpoint, TASK, policy())
+
+
+@pytest.mark.parametrize("claim", [{"epsilon": 100.1}, {"epsilon": 99.0, "delta": 0.99}, {"delta": 0.011}], ids=str)
+def test_a_generator_less_private_than_the_hospital_permits_is_refused(
+    claim: dict[str, float], checkpoint: Path
+) -> None:
+    """Publishing every record with probability 0.99 has epsilon 0 at delta 0.99: one figure alone says nothing."""
+    describe(checkpoint, **{"epsilon": 100.0, "delta": 0.01})
+    load_synthetic(checkpoint, TASK, policy())
+    describe(checkpoint, **claim)
+    with pytest.raises(PolicyError, match="more privacy"):
+        load_synthetic(checkpoint, TASK, policy())
+
+
+def test_a_reply_is_sent_again_when_the_generator_is_gone(make_site: Callable[..., Site], checkpoint: Path) -> None:
+    site = make_site("h1")
+    first = site.answer_train(request())
+    checkpoint.unlink()
+    again = Site(site.folder, simulation_seed=1).answer_train(request())
+    np.testing.assert_array_equal(again.weights, first.weights)
+    assert len(site.ledger.mechanisms()) == 1
+    with pytest.raises(StorageError):
+        site.answer_query(PlanQuery("run", PLAN))
+
+
+def test_no_image_is_drawn_before_a_round_needs_it(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, drawn = make_site("h1"), list[int]()
+    source = find_task(TASK.augmented_by)
+
+    def draw(model: torch.nn.Module, count: int) -> RecordStore:
+        drawn.append(count)
+        return GENERATOR.as_patients(model, count)
+
+    monkeypatch.setattr("client.augmentation.find_task", lambda _name: replace(source, as_patients=draw))
+    site.answer_query(PlanQuery("run", PLAN))
+    site.check_augmentation()
+    assert drawn == []
+    for _ in range(2):
+        site.answer_train(request())
+    assert drawn == [COUNT]
 
 
 def test_other_files_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="cannot be augmented"):
-        load_synthetic(checkpoint, GENERATOR, COUNT)
+        load_synthetic(checkpoint, GENERATOR, policy())
     describe(checkpoint, task=TASK.name)
     with pytest.raises(PolicyError, match="give one of ct-synthesis"):
-        load_synthetic(checkpoint, TASK, COUNT)
+        load_synthetic(checkpoint, TASK, policy())
     describe(checkpoint, sha256="0" * 64)
     with pytest.raises(StorageError, match="was changed"):
-        load_synthetic(checkpoint, TASK, COUNT)
+        load_synthetic(checkpoint, TASK, policy())
     with pytest.raises(StorageError, match="none"):
-        load_synthetic(tmp_path / "none.safetensors", TASK, COUNT)
+        load_synthetic(tmp_path / "none.safetensors", TASK, policy())
 
 
 def test_a_bad_checkpoint_is_said_at_the_start_and_at_the_query(
