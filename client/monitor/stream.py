@@ -61,11 +61,13 @@ class Lines:
         texts: The lines; none if nothing came for a while.
         position: Where the source stands after them; empty where it cannot go back.
         done: Told what became of the lines once it is on the disk.
+        cut_off: How many lines or posts ended too early and are left out: a number cut short is another number.
     """
 
     texts: list[str]
     position: str = ""
     done: Callable[[dict[str, int]], None] = lambda _fates: None
+    cut_off: int = 0
 
 
 class _Refused(Exception):  # noqa: N818 - an outcome that is counted

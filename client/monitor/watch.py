@@ -88,7 +88,7 @@ class Watch:
         Raises:
             StorageError: If the outcome cannot be written; a monitor opened anew may then be given the same lines.
         """
-        fates: Counter[Fate] = Counter()
+        fates: Counter[Fate] = Counter({Fate.CUT_OFF: lines.cut_off} if lines.cut_off else {})
         waves = self._waves(lines.texts, fates)
         alerts = [alert for wave in waves for alert in self._wave(wave, fates)]
         for write in self._writers:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -388,6 +389,20 @@ def test_posts_are_answered_when_their_outcome_is_on_the_disk(trained: Trained, 
         assert post(port, content, Origin="https://evil.example")[0] == 403
         assert post(port, content, Host="evil.example")[0] == 403
         assert post(port, b"x" * (MOST_BYTES + 1))[0] == 413
+
+
+def test_a_post_that_ends_early_is_left_out_as_a_whole(trained: Trained) -> None:
+    content = f"P,{stamp(0)},120\nP,{stamp(5)},230".encode()
+    with listening(0) as (port, posts), socket.create_connection(("127.0.0.1", port), timeout=30) as sender:
+        head = f"POST / HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+        sender.sendall(head + content[:-1])
+        sender.shutdown(socket.SHUT_WR)
+        watch = Watch(trained, DEFAULT_RULES, Memory(None), now=lambda: NOW_S)
+        assert watch.take(next(lines for lines in posts if lines.texts or lines.cut_off)) == []
+        with sender.makefile("rb") as answer:
+            assert b" 400 " in answer.readline()
+    assert watch.fates == {Fate.CUT_OFF: 1}
+    assert not watch.sights
 
 
 # What is made of alerts.
