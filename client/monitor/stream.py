@@ -3,6 +3,9 @@
 A line is CSV, ``patient_id,timestamp,glucose_mg_dl[,insulin_units[,carbohydrate_g]]``, or a JSON object with these
 names. Times are ISO 8601; one without an offset is on the clock of the zone that the monitor was told. Cells may be
 empty but for the first two: a row without glucose says what was injected or eaten.
+
+A line counts once its end is there, for a number cut short is another number. What follows the last end waits for it in
+a file; where the input ends it is left out and counted.
 """
 
 import csv
@@ -155,19 +158,29 @@ def _amount(cell: Any, most: float) -> float:
 
 
 class _Splitter:
-    """Cuts bytes into whole lines; a line too long to be one is dropped up to its end."""
+    """Cuts bytes into whole lines; a line too long to be one is dropped up to its end.
+
+    Attributes:
+        pending: How many bytes came after the last end of a line.
+    """
 
     def __init__(self) -> None:
-        self.rest = b""
+        self.pending = 0
+        self._rest = b""
         self._skipping = False
 
     def add(self, content: bytes) -> list[str]:
-        *whole, self.rest = (self.rest + content).split(b"\n")
+        *whole, self._rest = (self._rest + content).split(b"\n")
+        self.pending = len(self._rest) if whole else self.pending + len(content)
         if whole and self._skipping:
             whole[0], self._skipping = b"\0", False  # counted as one bad row
-        if len(self.rest) > _MOST_LINE:
-            self.rest, self._skipping = b"", True
+        if len(self._rest) > _MOST_LINE:
+            self._rest, self._skipping = b"", True
         return split_lines(b"\n".join(whole))
+
+    def end(self) -> Lines:
+        """Return that a line was left unfinished, if one was."""
+        return Lines([], cut_off=int(self._skipping or bool(self._rest.strip())))
 
 
 def split_lines(content: bytes) -> list[str]:
@@ -176,17 +189,18 @@ def split_lines(content: bytes) -> list[str]:
 
 
 def standard_input(descriptor: int | None = None) -> Iterator[Lines]:
-    """Yield lines as they come, until the end of the input."""
+    """Yield lines as they come, until the end of the input; a last line without its end is not one."""
     source, splitter = sys.stdin.fileno() if descriptor is None else descriptor, _Splitter()
     while content := os.read(source, _CHUNK):
         yield Lines(splitter.add(content))
-    yield Lines(splitter.add(b"\n"))
+    yield splitter.end()
 
 
 def growing_file(path: Path, position: str = "", *, follow: bool = True, poll_s: float = POLL_S) -> Iterator[Lines]:
     """Yield the lines of a file from ``position`` on, and, with ``follow``, those that are appended.
 
-    A file that was replaced by another or cut short is read from its beginning.
+    A file that was replaced by another or cut short is read from its beginning. The position lies after the last whole
+    line, so that an unfinished one is read when it is whole, by this monitor or the next.
 
     Raises:
         StorageError: If it cannot be read.
@@ -202,9 +216,9 @@ def growing_file(path: Path, position: str = "", *, follow: bool = True, poll_s:
                 content = handle.read(_CHUNK)
                 if content:
                     offset += len(content)
-                    yield Lines(splitter.add(content), f"{inode}:{offset - len(splitter.rest)}")
+                    yield Lines(splitter.add(content), f"{inode}:{offset - splitter.pending}")
                 elif not follow:
-                    yield Lines(splitter.add(b"\n"), f"{inode}:{offset}")
+                    yield splitter.end()
                     return
                 elif _replaced(path, inode, offset):
                     break

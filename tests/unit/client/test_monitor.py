@@ -338,10 +338,46 @@ def test_standard_input_gives_whole_lines_and_drops_endless_ones() -> None:
         target=lambda: (os.write(write, content[:60_000]), os.write(write, content[60_000:]), os.close(write))
     )
     sender.start()
-    texts = [text for lines in standard_input(read) for text in lines.texts]
+    found = list(standard_input(read))
     sender.join()
     os.close(read)
-    assert [text.strip() for text in texts] == ["a,b,c", "\0", "d,e,f", "g"]
+    assert [text.strip() for lines in found for text in lines.texts] == ["a,b,c", "\0", "d,e,f"]
+    assert [lines.cut_off for lines in found if lines.cut_off] == [1]  # the g may be the beginning of anything
+
+
+LONG = "y" * 5000
+PIECES = st.lists(st.sampled_from(["P,2024-01-01T00:00,230", "P,2024-01-01T00:05,95", "", LONG]), max_size=6)
+
+
+@given(PIECES, st.floats(0.0, 1.0))
+def test_a_file_is_cut_into_the_same_lines_wherever_it_ended_for_a_while(
+    tmp_path_factory: pytest.TempPathFactory, pieces: list[str], share: float
+) -> None:
+    path, content = tmp_path_factory.mktemp("grown") / "s.csv", "".join(piece + "\n" for piece in pieces).encode()
+    cut = round(share * len(content))
+    path.write_bytes(content[:cut])
+    first = list(growing_file(path, follow=False))
+    path.write_bytes(content)
+    position = "".join(lines.position for lines in first)  # of the one part that so short a file has
+    found = [text for lines in [*first, *growing_file(path, position, follow=False)] for text in lines.texts]
+    assert [text.replace(LONG, "\0") for text in found] == [piece.replace(LONG, "\0") for piece in pieces if piece]
+    assert sum(lines.cut_off for lines in first) == int(not content[:cut].endswith(b"\n") and cut > 0)
+
+
+def test_a_number_cut_short_is_no_reading(trained: Trained, tmp_path: Path) -> None:
+    path = tmp_path / "s.csv"
+    path.write_text(f"P,{stamp(0)},120\nP,{stamp(5)},23")
+    with Memory(tmp_path / "state") as memory:
+        watch = Watch(trained, DEFAULT_RULES, memory, now=lambda: NOW_S)
+        said: list[str] = []
+        for rest in ("", "0\n"):
+            with path.open("a") as handle:
+                handle.write(rest)
+            for lines in growing_file(path, memory.position, follow=False):
+                said += [alert.kind for alert in watch.take(lines)]
+    assert said == ["high"]
+    assert watch.fates == {Fate.READ: 2, Fate.CUT_OFF: 1}
+    assert watch.sights["P"].history[-1][1] == 230.0
 
 
 def test_two_monitors_do_not_share_a_state_and_no_other_file_is_one(tmp_path: Path) -> None:
@@ -504,7 +540,7 @@ def test_the_command_survives_kill_9_and_says_nothing_of_patients(checkpoint: Pa
     assert len({alert["id"] for alert in found}) == len(found) > len(before)
 
     piped = monitor(checkpoint, "--from", "-", stdin=subprocess.PIPE)
-    out, err = piped.communicate("\n".join(rows), timeout=120)
+    out, err = piped.communicate("\n".join(rows) + "\n", timeout=120)
     whole = [json.loads(line) for line in out.splitlines()]
     drop = {"id"}  # of another secret
     assert [{k: v for k, v in a.items() if k not in drop} for a in whole] == [
