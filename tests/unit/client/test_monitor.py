@@ -6,12 +6,14 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread
@@ -387,6 +389,22 @@ def test_two_monitors_do_not_share_a_state_and_no_other_file_is_one(tmp_path: Pa
     with pytest.raises(StorageError, match="no state"):
         Memory(tmp_path / "text")
     assert (tmp_path / "state").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_monitor_told_another_threshold_warns_afresh_and_takes_up_old_states(trained: Trained, tmp_path: Path) -> None:
+    def kinds(threshold: float, *rows: str) -> list[tuple[str, float]]:
+        low = replace(DEFAULT_RULES[0], threshold_mg_dl=threshold)
+        with Memory(tmp_path / "state") as memory:
+            watch = Watch(trained, [low, DEFAULT_RULES[1]], memory, now=lambda: NOW_S)
+            return [(alert.kind, alert.threshold_mg_dl) for alert in watch.take(Lines(list(rows)))]
+
+    assert kinds(70.0, f"P,{stamp(0)},65") == [("low", 70.0)]
+    assert kinds(70.0, f"P,{stamp(5)},64") == []
+    assert kinds(54.0, *(f"P,{stamp(5 * k)},45" for k in range(2, 21))) == [("low", 54.0)]
+    with sqlite3.connect(tmp_path / "state") as database:  # as it was written before thresholds were kept
+        database.execute("UPDATE patients SET state = replace(state, ',\"threshold_mg_dl\":54.0', '')")
+    database.close()
+    assert kinds(54.0, f"P,{stamp(105)},45") == [("low", 54.0)]
 
 
 def test_the_state_names_nobody(trained: Trained, tmp_path: Path) -> None:
