@@ -25,6 +25,9 @@ _CONSOLE, _ERRORS = Console(), Console(stderr=True)
 _HTTP = "http://"
 _LOOPBACKS = ("127.0.0.1", "localhost")
 _LAST_PORT = 65_535
+_NO_ZONE = (
+    "--time-zone is not given: times without an offset are taken as they are, and up to 14 hours ahead of the clock."
+)
 _MONITOR_EXAMPLES = """
 Examples:
 
@@ -92,6 +95,8 @@ def monitor(
     with ExitStack() as stack:
         memory = stack.enter_context(Memory(remembered))
         watch = Watch(trained, rules, memory, writers=_writers(alerts, fhir, quiet=shown), zone=zone)
+        if zone is None:
+            _ERRORS.print(_NO_ZONE, highlight=False, soft_wrap=True)
         with suppress(KeyboardInterrupt):  # how a monitor ends
             _follow(watch, _source(source, memory.position, once, stack), rules, shown)
         _ERRORS.print(_counted(watch), highlight=False, soft_wrap=True)

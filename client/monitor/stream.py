@@ -41,8 +41,8 @@ class Reading:
 
     Attributes:
         patient_id: The hospital's own name for the patient: for alerts and the screen only.
-        time_s: Seconds since 1970, in UTC if the zone is known.
-        offset_s: What the local clock is ahead of that.
+        time_s: Seconds since 1970, in UTC if the offset is known.
+        offset_s: What the local clock is ahead of that; None if neither the stamp nor a zone says it.
         glucose: mg/dL, or None.
         insulin: Units.
         carbohydrate: Grams.
@@ -50,7 +50,7 @@ class Reading:
 
     patient_id: str
     time_s: int
-    offset_s: int
+    offset_s: int | None
     glucose: float | None
     insulin: float
     carbohydrate: float
@@ -85,14 +85,15 @@ def parse_line(line: str, zone: ZoneInfo | None, now_s: float) -> Reading | Fate
     Args:
         line: Without its end.
         zone: Of times that come without an offset; None if it is not known.
-        now_s: Seconds since 1970: a reading of later is one of a wrong clock, and would make all others late.
+        now_s: Seconds since 1970: a reading of later is one of a wrong clock, and would make all others late. A clock
+            of which nobody says the zone is believed to be in the one farthest ahead.
     """
     try:
         cells = _cells(line)
         if [str(cell).strip().lower() for cell in cells[:2]] == list(COLUMNS[:2]):
             return Fate.HEADER
         time_s, offset_s = _time(cells[1], zone)
-        if time_s > now_s + _MOST_AHEAD_S + (0 if zone else _ANY_ZONE_S):
+        if time_s > now_s + _MOST_AHEAD_S + (_ANY_ZONE_S if offset_s is None else 0):
             return Fate.AHEAD
         glucose = _glucose(cells[2])
         units, grams = _amount(cells[3], MAX_INSULIN_UNITS), _amount(cells[4], MAX_CARBOHYDRATE_G)
@@ -121,18 +122,19 @@ def _cells(line: str) -> list[Any]:
     return [*found, "", ""][: len(COLUMNS)]
 
 
-def _time(cell: Any, zone: ZoneInfo | None) -> tuple[int, int]:
+def _time(cell: Any, zone: ZoneInfo | None) -> tuple[int, int | None]:
+    """Return the seconds since 1970 and the offset: the zone's if there is one, else the stamp's own, else None."""
     text = str(cell).strip()
     if ":" not in text:
         raise ValueError
     stamp = datetime.fromisoformat(text)
     if stamp.tzinfo is None and zone is None:
-        return round(stamp.replace(tzinfo=UTC).timestamp()), 0
+        return round(stamp.replace(tzinfo=UTC).timestamp()), None
     if stamp.tzinfo is None:
         stamp = stamp.replace(tzinfo=zone)
         if stamp.utcoffset() != stamp.replace(fold=1).utcoffset():
             raise _Refused(Fate.CLOCK_CHANGE)
-    local = stamp.astimezone(zone or UTC).utcoffset()
+    local = (stamp.astimezone(zone) if zone else stamp).utcoffset()
     return round(stamp.timestamp()), round(local.total_seconds()) if local else 0
 
 

@@ -121,7 +121,9 @@ def _reading_style(value: float | None, rules: Mapping[str, Rule]) -> str:
 def _at(sight: Sight, now_s: float) -> Text:
     """Return the time of the last reading; marked where readings are missing."""
     old = now_s - sight.time_s > 60 * MAX_GAP_MIN
-    return Text(f"{datetime.fromtimestamp(sight.time_s + sight.offset_s, UTC):%H:%M}", style="dim" if old else "")
+    return Text(
+        f"{datetime.fromtimestamp(sight.time_s + (sight.offset_s or 0), UTC):%H:%M}", style="dim" if old else ""
+    )
 
 
 def _now(sight: Sight) -> str:

@@ -162,6 +162,40 @@ def test_csv_and_json_say_the_same_and_zones_are_kept_apart() -> None:
     assert (dose.glucose, dose.insulin) == (None, 2.0)
 
 
+def test_only_a_stamp_that_hides_its_zone_may_be_hours_ahead_of_the_clock() -> None:
+    def fate(minutes: float, offset: str, zone: ZoneInfo | None = None) -> object:
+        ahead = datetime.fromtimestamp(NOW_S + 60 * minutes, UTC)
+        found = parse_line(f"P,{ahead:%Y-%m-%dT%H:%M:%S}{offset},100", zone, NOW_S)
+        return found if isinstance(found, Fate) else "read"
+
+    assert (fate(14, "Z"), fate(16, "Z"), fate(14 * 60, "Z")) == ("read", Fate.AHEAD, Fate.AHEAD)
+    assert (fate(14 * 60, "+14:00"), fate(14 * 60 + 16, "+14:00")) == ("read", Fate.AHEAD)
+    assert (fate(14 * 60 + 14, ""), fate(14 * 60 + 16, "")) == ("read", Fate.AHEAD)
+    assert (fate(14, "", ZoneInfo("UTC")), fate(16, "", ZoneInfo("UTC"))) == ("read", Fate.AHEAD)
+
+
+@pytest.mark.parametrize(
+    ("text", "zone", "said", "clock"),
+    [
+        ("2024-05-01T23:30:00-05:00", None, "2024-05-01T23:30:00-05:00", "23:30"),
+        ("2024-05-01T23:30:00Z", None, "2024-05-01T23:30:00+00:00", "23:30"),
+        ("2024-05-01T23:30:00", None, "2024-05-01T23:30:00", "23:30"),
+        ("2024-05-01T23:30:00-05:00", "Europe/Vienna", "2024-05-02T06:30:00+02:00", "06:30"),
+        ("2024-05-01T23:30:00", "America/Bogota", "2024-05-01T23:30:00-05:00", "23:30"),
+    ],
+)
+def test_alerts_and_screen_keep_the_local_clock(
+    trained: Trained, text: str, zone: str | None, said: str, clock: str
+) -> None:
+    watch = Watch(trained, DEFAULT_RULES, Memory(None), zone=ZoneInfo(zone) if zone else None, now=lambda: NOW_S)
+    (alert,) = watch.take(Lines([f"P,{text},50"]))
+    assert (alert.time, alert.episode_start) == (said, said)
+    assert observation(alert)["effectiveDateTime"] == detected_issue(alert)["identifiedDateTime"] == said
+    console = Console(width=110, record=True, file=io.StringIO())
+    console.print(render(watch.sights, RULES, "", 40, NOW_S))
+    assert clock in console.export_text()
+
+
 @given(st.binary(max_size=200))
 def test_no_bytes_can_stop_the_stream(content: bytes) -> None:
     text = content.decode("utf-8", "replace")
@@ -391,7 +425,9 @@ def test_two_monitors_do_not_share_a_state_and_no_other_file_is_one(tmp_path: Pa
     assert (tmp_path / "state").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_monitor_told_another_threshold_warns_afresh_and_takes_up_old_states(trained: Trained, tmp_path: Path) -> None:
+def test_a_monitor_told_another_threshold_warns_afresh_and_takes_up_old_states(
+    trained: Trained, tmp_path: Path
+) -> None:
     def kinds(threshold: float, *rows: str) -> list[tuple[str, float]]:
         low = replace(DEFAULT_RULES[0], threshold_mg_dl=threshold)
         with Memory(tmp_path / "state") as memory:
