@@ -22,6 +22,8 @@ from shared.errors import StorageError
 from shared.files import storage_errors
 
 _VERSION = 1
+_BEGINNING = b'{"id": "'
+_NEEDED = {"id", "patient_id", "kind", "stage", "time"}
 _TABLES = (
     "CREATE TABLE patients (key BLOB PRIMARY KEY, state TEXT NOT NULL) STRICT, WITHOUT ROWID",
     "CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID",
@@ -134,7 +136,7 @@ class AlertFile:
     """Alerts as JSON lines, each once. Made readable by its owner only: it names patients.
 
     Raises:
-        StorageError: If the file cannot be read or written.
+        StorageError: If the file cannot be read or written, or holds anything else; it is then left as it is.
     """
 
     def __init__(self, path: Path) -> None:
@@ -142,9 +144,15 @@ class AlertFile:
         with storage_errors(path):
             descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
             with os.fdopen(descriptor, "r+b") as handle:
-                content = handle.read()
-                handle.truncate(content.rfind(b"\n") + 1)  # a line that was cut off will be written again
-        self._known = {_id_of(line) for line in content.splitlines()}
+                *whole, rest = handle.read().split(b"\n")
+                ids = [_id_of(line) for line in whole]
+                if None in ids or rest[: len(_BEGINNING)] != _BEGINNING[: len(rest)]:
+                    raise StorageError(
+                        f"{path} is no file of a monitor's alerts and was left as it is. Name a new file with --alerts."
+                    )
+                if rest:  # a line that was cut off will be written again
+                    handle.truncate(handle.tell() - len(rest))
+        self._known = set(ids)
 
     def append(self, alerts: Iterable[Alert]) -> list[Alert]:
         """Write those that are not there yet, wait for the disk, and return them."""
@@ -158,8 +166,10 @@ class AlertFile:
         return fresh
 
 
-def _id_of(line: bytes) -> str:
+def _id_of(line: bytes) -> str | None:
+    """Return the id of an alert; None if the line is none."""
     try:
-        return str(json.loads(line)["id"])
-    except (ValueError, KeyError, TypeError):
-        return ""
+        found = json.loads(line)
+        return str(found["id"]) if set(found) >= _NEEDED else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None

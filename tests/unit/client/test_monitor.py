@@ -443,6 +443,35 @@ def test_a_monitor_told_another_threshold_warns_afresh_and_takes_up_old_states(
     assert kinds(54.0, f"P,{stamp(105)},45") == [("low", 54.0)]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x89PNG\x00 a picture without an end of line",
+        b"patient_id,timestamp,glucose_mg_dl\nP,2024-01-01T00:00,100\n",
+        b'{"id": "of something else"}\n',
+        b'[{"id": 1}]\n{"id": "',
+        b"[" * 100_000 + b"\n",
+        b"{}",
+    ],
+)
+def test_a_file_that_holds_no_alerts_is_left_as_it_is(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(StorageError, match=r"a\.jsonl is no file of .* --alerts"):
+        AlertFile(tmp_path / "a.jsonl")
+    assert (tmp_path / "a.jsonl").read_bytes() == content
+
+
+def test_alerts_cut_anywhere_are_taken_up_again(some_alerts: list, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    AlertFile(path).append(some_alerts[:3])
+    whole = path.read_bytes()
+    last = len(whole.splitlines(keepends=True)[-1])
+    for cut in range(len(whole) - last, len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        AlertFile(path).append(some_alerts[:3])
+        assert path.read_bytes() == whole
+
+
 def test_the_state_names_nobody(trained: Trained, tmp_path: Path) -> None:
     with Memory(tmp_path / "state") as memory:
         Watch(trained, DEFAULT_RULES, memory, now=lambda: NOW_S).take(Lines(waves()))
