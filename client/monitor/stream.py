@@ -9,6 +9,7 @@ a file; where the input ends it is left out and counted.
 """
 
 import csv
+import hmac
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 from zoneinfo import ZoneInfo
 
 from client.intake.glucose_csv import MAX_CARBOHYDRATE_G, MAX_INSULIN_UNITS, SENSOR_LIMITS
@@ -31,6 +32,7 @@ POLL_S: Final = 0.5
 _NEEDED: Final = 3
 _MOST_LINE: Final = 4096
 _CHUNK: Final = 1 << 16
+_BEGINNING: Final = 4096
 _MOST_AHEAD_S: Final = 900
 _ANY_ZONE_S: Final = 14 * 3600
 
@@ -198,36 +200,60 @@ def standard_input(descriptor: int | None = None) -> Iterator[Lines]:
     yield splitter.end()
 
 
-def growing_file(path: Path, position: str = "", *, follow: bool = True, poll_s: float = POLL_S) -> Iterator[Lines]:
+def growing_file(
+    path: Path, position: str = "", *, key: bytes = b"", follow: bool = True, poll_s: float = POLL_S
+) -> Iterator[Lines]:
     """Yield the lines of a file from ``position`` on, and, with ``follow``, those that are appended.
 
-    A file that was replaced by another or cut short is read from its beginning. The position lies after the last whole
-    line, so that an unfinished one is read when it is whole, by this monitor or the next.
+    A file that was replaced by another or cut short is read from its beginning: a new one can have the old one's inode,
+    so that the position holds a hash of how the file begins, too. The position lies after the last whole line, so that
+    an unfinished one is read when it is whole, by this monitor or the next.
+
+    Args:
+        path: The file.
+        position: Of an earlier reading under the same key; empty for the beginning.
+        key: Of the hash, for patients stand at the beginning of a file.
+        follow: Whether to wait for more at its end.
+        poll_s: How long to wait before looking again.
 
     Raises:
         StorageError: If it cannot be read.
     """
-    inode, start = (int(part) for part in (position or "0:0").split(":"))
     while True:
         with storage_errors(path), path.open("rb") as handle:
-            facts = os.fstat(handle.fileno())
-            offset = start if (facts.st_ino == inode and start <= facts.st_size) else 0
-            inode, splitter = facts.st_ino, _Splitter()
+            inode, splitter = os.fstat(handle.fileno()).st_ino, _Splitter()
+            offset = _start(handle, position, key)
             handle.seek(offset)
             while True:
+                replaced = _replaced(path, inode, offset)  # asked first: what came before that is read to its end
                 content = handle.read(_CHUNK)
                 if content:
                     offset += len(content)
-                    yield Lines(splitter.add(content), f"{inode}:{offset - splitter.pending}")
+                    texts = splitter.add(content)
+                    yield Lines(texts, _position(handle, offset - splitter.pending, key))
                 elif not follow:
                     yield splitter.end()
                     return
-                elif _replaced(path, inode, offset):
+                elif replaced:
                     break
                 else:
                     yield Lines([])
                     time.sleep(poll_s)
-            start = 0
+            position = ""
+
+
+def _position(handle: BinaryIO, offset: int, key: bytes) -> str:
+    """Return a name for a place in a file, from which nobody learns what the file says."""
+    descriptor = handle.fileno()
+    beginning = os.pread(descriptor, min(offset, _BEGINNING), 0)
+    return f"{os.fstat(descriptor).st_ino}:{offset}:{hmac.digest(key, beginning, 'sha256').hex()}"
+
+
+def _start(handle: BinaryIO, position: str, key: bytes) -> int:
+    """Return where to go on: at the position if it is one of this very file, else at the beginning."""
+    offset = int(position.split(":")[1]) if position else 0
+    same = offset <= os.fstat(handle.fileno()).st_size and _position(handle, offset, key) == position
+    return offset if same else 0
 
 
 def _replaced(path: Path, inode: int, offset: int) -> bool:

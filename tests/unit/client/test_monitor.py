@@ -367,6 +367,28 @@ def test_a_growing_file_is_read_on_over_restarts_rotation_and_cut_lines(tmp_path
         next(growing_file(tmp_path / "absent"))
 
 
+def test_another_file_in_the_old_ones_place_is_read_from_its_beginning(tmp_path: Path) -> None:
+    path, head = tmp_path / "s.csv", "patient_id,timestamp,glucose_mg_dl\n"
+
+    def read(position: str = "", key: bytes = bytes(32)) -> Lines:
+        return next(growing_file(path, position, key=key, follow=False))
+
+    path.write_text(head + "P-17,1,1\nP-17,2,2\n")
+    inode, position = path.stat().st_ino, read().position
+    assert "P-17" not in position
+    assert read(position).texts == []
+    path.write_text(head + "".join(f"P-17,{k},{k}\n" for k in range(3, 9)))
+    assert path.stat().st_ino == inode  # as a file system may give it to a new file
+    assert len(read(position).texts) == 7
+    position = read().position
+    with path.open("a") as handle:
+        handle.write("P-17,9,9\n")
+    assert read(position).texts == ["P-17,9,9"]
+    of_old_state, of_other_file = f"{inode}:64", f"{inode + 1}:{position.partition(':')[2]}"
+    assert len(read(of_old_state).texts) == len(read(of_other_file).texts) == 8
+    assert len(read(position, key=b"x" * 32).texts) == 8
+
+
 def test_standard_input_gives_whole_lines_and_drops_endless_ones() -> None:
     read, write = os.pipe()
     content = b"a,b,c\n" + b"y" * 200_000 + b"\nd,e,f\r\n\ng"
