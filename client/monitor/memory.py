@@ -11,6 +11,7 @@ import os
 import secrets
 import sqlite3
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
@@ -64,18 +65,23 @@ class Memory:
 
     def __init__(self, path: Path | None) -> None:
         self._name = path.name if path else "the monitor's state"
-        if path and not path.exists():
+        if path:
             with storage_errors(path):
-                os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
-        self._database = sqlite3.connect(path or ":memory:", isolation_level=None, timeout=1.0)
-        try:
-            self._open()
-        except sqlite3.OperationalError as error:
-            self._database.close()
-            raise StorageError(f"{self._name} cannot be used, or another monitor is using it: {error}.") from error
-        except (sqlite3.DatabaseError, ValueError, KeyError, TypeError) as error:
-            self._database.close()
-            raise StorageError(f"{self._name} is no state of this monitor. Name another file.") from error
+                if not path.exists():
+                    os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+        with ExitStack() as opened:
+            try:
+                self._database = sqlite3.connect(path or ":memory:", isolation_level=None, timeout=1.0)
+                opened.callback(self._database.close)
+                self._open()
+            except sqlite3.OperationalError as error:
+                raise StorageError(
+                    f"{self._name} cannot be used, or another monitor is using it: {error}. "
+                    "Name a file with --state that no other monitor uses."
+                ) from error
+            except (sqlite3.DatabaseError, ValueError, KeyError, TypeError) as error:
+                raise StorageError(f"{self._name} is no state of this monitor. Name another file.") from error
+            opened.pop_all()
 
     def _open(self) -> None:
         self._database.execute("PRAGMA locking_mode = EXCLUSIVE")

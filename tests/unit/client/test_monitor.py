@@ -585,7 +585,7 @@ def test_the_screen_shows_the_most_urgent_first_and_survives_what_is_missing(tra
     rows += [f"falling,{stamp(5 * k)},{200 - 3.5 * k}" for k in range(40)] + [f"new,{stamp(0)},100"]
     watch = watch_all(trained, rows)
     console = Console(width=110, record=True, file=io.StringIO())
-    console.print(render(watch.sights, RULES, "counts", 40, NOW_S))
+    console.print(render(watch.sights, RULES, "counts", 40, 1_704_067_200 + 300 * 40))
     text = console.export_text()
     assert text.index("falling") < text.index("calm")
     assert "in range" in text
@@ -594,6 +594,20 @@ def test_the_screen_shows_the_most_urgent_first_and_survives_what_is_missing(tra
     assert "low now" in text  # within the refractory time of the alert that foretold it
     assert sparkline([40.0, None, 300.0, 900.0, -5.0]) == "▁ ██▁"
     console.print(render({}, RULES, "", 40, NOW_S))
+
+
+@pytest.mark.parametrize(
+    ("offset", "age_min", "first"),
+    [("Z", 44, "GONE"), ("Z", 46, "HERE"), ("Z", 7 * 1440, "HERE"), ("", 46, "GONE"), ("", 12 * 60 + 46, "HERE")],
+)
+def test_whoever_was_not_seen_for_long_comes_last(trained: Trained, offset: str, age_min: int, first: str) -> None:
+    """Local clocks of an unknown zone can be 12 hours behind."""
+    watch = watch_all(trained, [f"GONE,{stamp(0)}{offset},50", f"HERE,{stamp(age_min)}{offset},120"])
+    console = Console(width=110, record=True, file=io.StringIO())
+    console.print(render(watch.sights, RULES, "", 40, datetime.fromisoformat(f"{stamp(age_min)}Z").timestamp()))
+    text = console.export_text()
+    assert (text.index("HERE") < text.index("GONE")) == (first == "HERE")
+    assert ("low now" in text, "last seen low" in text) == (first == "GONE", first == "HERE")
 
 
 # One patient's own model, and the command.
@@ -662,6 +676,7 @@ def test_the_command_survives_kill_9_and_says_nothing_of_patients(checkpoint: Pa
         (["--from", "x", "--low", "200"], "--low"),
         (["--from", "x", "--low-quantile", "0.01"], "quantile"),
         (["--from", "absent.csv", "--once"], "absent.csv"),
+        (["--from", "x", "--state", "."], "--state"),
     ],
 )
 def test_what_cannot_be_watched_is_one_sentence(
