@@ -1,6 +1,8 @@
 """The monitor on streams as they are: late, doubled, broken, cut off and taken up again."""
 
+import contextlib
 import hashlib
+import http.client
 import io
 import json
 import os
@@ -9,10 +11,9 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -630,40 +631,68 @@ def test_a_personal_model_serves_one_patient_and_starts_no_run(tmp_path: Path) -
         load_trained(path, "nodule-classification", "score nodules")
 
 
-def monitor(*arguments: object, **options: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "client.cli", "monitor", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+def post_to_the_dying(port: int, content: bytes) -> None:
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        post(port, content)
 
 
-def test_the_command_survives_kill_9_and_says_nothing_of_patients(checkpoint: Path, tmp_path: Path) -> None:
-    stream, alerts, rows = tmp_path / "s.csv", tmp_path / "a.jsonl", waves(steps=60)
-    stream.write_text("\n".join(rows[:60]) + "\n")
-    first = monitor(checkpoint, "--from", stream, "--alerts", alerts)
-    try:
-        end = time.monotonic() + 60
-        while not (alerts.exists() and alerts.read_text()) and time.monotonic() < end:
-            time.sleep(0.05)
-    finally:
-        first.send_signal(signal.SIGKILL)
-        first.communicate()
-    before = alerts_in(alerts)
+@pytest.fixture
+def monitor(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Return the command: what it ends with, and what it says on standard output and standard error."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedward-site", "monitor", *map(str, arguments)])
+        try:
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        return end.value.code, *capfd.readouterr()
+
+    return run
+
+
+def test_the_command_survives_kill_9_and_says_nothing_of_patients(
+    checkpoint: Path, trained: Trained, tmp_path: Path, monitor: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, alerts, rows = tmp_path / "s.csv", tmp_path / "a.jsonl", [f"{row}\n" for row in waves(steps=60)]
+    command = [sys.executable, "-m", "client.cli", "monitor", checkpoint, "--from", "http://127.0.0.1:0"]
+    with subprocess.Popen([*command, "--alerts", alerts], stderr=subprocess.PIPE, text=True) as first:
+        try:
+            port = int(next(line for line in first.stderr if line.startswith("listening")).rpartition(":")[2])
+            assert post(port, "".join(rows[:60]).encode())[0] == 200
+            before = alerts_in(alerts)
+            sender = Thread(target=post_to_the_dying, args=(port, "".join(rows[60:90]).encode()))
+            sender.start()
+        finally:
+            first.kill()  # wherever it is with what was sent last
+        sender.join()
+        assert "P-" not in first.stderr.read()
     assert before
-    with stream.open("a") as handle:
-        handle.write("\n".join(rows[60:]) + "\n")
-    second = monitor(checkpoint, "--from", stream, "--alerts", alerts, "--once")
-    out, err = second.communicate(timeout=120)
-    assert second.returncode == 0, err
+
+    stream.write_text("".join(rows))
+    code, out, err = monitor(checkpoint, "--from", stream, "--alerts", alerts, "--once")
+    assert code == 0, err
     assert "P-" not in out + err
+    assert err.count("--time-zone is not given") == 1
     found = alerts_in(alerts)
     assert found[: len(before)] == before
-    assert len({alert["id"] for alert in found}) == len(found) > len(before)
+    with Memory(tmp_path / "a.jsonl.state") as memory:
+        never_killed = Watch(trained, DEFAULT_RULES, Memory(None))
+        never_killed._memory.secret = memory.secret
+    expected = [json.loads(json.dumps(alert.to_json())) for alert in never_killed.take(Lines(rows))]
+    assert sorted(found, key=lambda alert: alert["id"]) == sorted(expected, key=lambda alert: alert["id"])
+    assert len(found) > len(before)
 
-    piped = monitor(checkpoint, "--from", "-", stdin=subprocess.PIPE)
-    out, err = piped.communicate("\n".join(rows) + "\n", timeout=120)
-    whole = [json.loads(line) for line in out.splitlines()]
+    _, _, err = monitor(checkpoint, "--from", stream, "--alerts", alerts, "--once", "--time-zone", "UTC")
+    assert err == "no lines yet\n"
+    with stream.open() as standard_input:
+        monkeypatch.setattr(sys, "stdin", standard_input)
+        _, out, _ = monitor(checkpoint, "--from", "-")
     drop = {"id"}  # of another secret
-    assert [{k: v for k, v in a.items() if k not in drop} for a in whole] == [
-        {k: v for k, v in a.items() if k not in drop} for a in found
+    assert [{k: v for k, v in json.loads(line).items() if k not in drop} for line in out.splitlines()] == [
+        {k: v for k, v in alert.items() if k not in drop} for alert in expected
     ]
 
 
@@ -680,17 +709,15 @@ def test_the_command_survives_kill_9_and_says_nothing_of_patients(checkpoint: Pa
     ],
 )
 def test_what_cannot_be_watched_is_one_sentence(
-    arguments: list[str], said: str, checkpoint: Path, tmp_path: Path, monkeypatch, capfd
+    arguments: list[str],
+    said: str,
+    checkpoint: Path,
+    tmp_path: Path,
+    monitor: Callable,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(sys, "argv", ["fedward-site", "monitor", str(checkpoint), *arguments])
-    try:
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    error = capfd.readouterr().err
-    assert end.value.code == 1
+    code, _, error = monitor(checkpoint, *arguments)
+    assert code == 1
     assert said in error
     assert "Traceback" not in error
