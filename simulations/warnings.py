@@ -2,10 +2,10 @@
 
 An *event* of a rule begins with a reading beyond the threshold and ends with ``CALM_MIN`` on the safe side; it counts
 if it lasts ``LEAST_MIN``, shorter returns included (Battelino et al., "Clinical Targets for Continuous Glucose
-Monitoring Data Interpretation", Diabetes Care 2019, 42(8):1593-1603, take 15 minutes for both). It is *warned of* if an alert was raised in the hour
-before it began, *late* if the first alert came in it, up to its last reading beyond the threshold. An alert is *false*
-if no event of its kind begins within the hour after or is under way, and an event is under way until it has ended: for
-``CALM_MIN`` after that reading.
+Monitoring Data Interpretation", Diabetes Care 2019, 42(8):1593-1603, take 15 minutes for both). It is *warned of* if an
+alert was raised in the hour before it began, *late* if the first alert came in it, up to its last reading beyond the
+threshold. An alert is *false* if no event of its kind begins within the hour after or is under way, and an event is
+under way until it has ended: for ``CALM_MIN`` after that reading.
 
     python -m simulations.warnings CHECKPOINT EXPORT.csv[.gz] … [--quantiles 0.05,0.1,0.25,0.5] [--horizons 30,60]
 
