@@ -21,6 +21,7 @@ from client.monitor.memory import AlertFile, Memory
 from client.monitor.stream import Lines
 from client.monitor.watch import Watch
 from client.trained import load_trained
+from shared.errors import FederationError
 from shared.tasks.cgm import STEP_MIN
 from shared.tasks.glucose_forecast import HISTORY
 
@@ -58,9 +59,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time the monitor.")
     parser.add_argument("checkpoint", type=Path)
     chosen = parser.parse_args()
-    one = seconds_a_cycle(chosen.checkpoint, 1, _READINGS)
+    try:
+        one = seconds_a_cycle(chosen.checkpoint, 1, _READINGS)
+        many = seconds_a_cycle(chosen.checkpoint, _PATIENTS, _CYCLES)
+    except FederationError as error:
+        sys.exit(f"monitor_bench: {error}")
     sys.stdout.write(f"one patient: median {1000 * median(one):.1f} ms a reading, worst {1000 * max(one):.1f} ms\n")
-    many = seconds_a_cycle(chosen.checkpoint, _PATIENTS, _CYCLES)
     sys.stdout.write(f"{_PATIENTS} patients: median {median(many):.2f} s a cycle, worst {max(many):.2f} s\n")
 
 

@@ -1,10 +1,11 @@
 """How good warnings are: what a monitor said of a recorded stream, held against what came.
 
 An *event* of a rule begins with a reading beyond the threshold and ends with ``CALM_MIN`` on the safe side; it counts
-if it lasts ``LEAST_MIN`` (Battelino et al., "Clinical Targets for Continuous Glucose Monitoring Data Interpretation",
-Diabetes Care 2019, 42(8):1593-1603, take 15 minutes for both). It is *warned of* if an alert was raised in the hour
-before it began, *late* if the first alert came in it. An alert is *false* if no event of its kind is under way or
-begins within the hour after.
+if it lasts ``LEAST_MIN``, shorter returns included (Battelino et al., "Clinical Targets for Continuous Glucose
+Monitoring Data Interpretation", Diabetes Care 2019, 42(8):1593-1603, take 15 minutes for both). It is *warned of* if an
+alert was raised in the hour before it began, *late* if the first alert came in it, up to its last reading beyond the
+threshold. An alert is *false* if no event of its kind begins within the hour after or is under way, and an event is
+under way until it has ended: for ``CALM_MIN`` after that reading.
 
     python -m simulations.warnings CHECKPOINT EXPORT.csv[.gz] … [--quantiles 0.05,0.1,0.25,0.5] [--horizons 30,60]
 
@@ -90,19 +91,17 @@ class Warnings:
 
 
 def events_of(record: Record, rule: Rule) -> list[Event]:
-    """Return the events in a record; a gap ends one."""
+    """Return the events in a record; more than ``CALM_MIN`` without a reading end one, too."""
     found: list[Event] = []
-    start = last_beyond = previous = None
+    start = last_beyond = None
     for time_s, glucose in [*record, (sys.maxsize, 0.0)]:
-        gap = previous is not None and time_s - previous > 60 * MAX_GAP_MIN
-        if start is not None and last_beyond is not None and (gap or time_s - last_beyond > 60 * CALM_MIN):
+        if start is not None and last_beyond is not None and time_s - last_beyond > 60 * CALM_MIN:
             if last_beyond - start >= 60 * (LEAST_MIN - 5):  # three readings, 5 minutes apart
                 found.append(Event(start, last_beyond))
             start = None
         if time_s != sys.maxsize and rule.excess(glucose) > 0.0:
             start = time_s if start is None else start
             last_beyond = time_s
-        previous = time_s
     return found
 
 

@@ -95,11 +95,14 @@ class Alarm:
         told: The worst stage of the present episode that somebody was alerted to.
         start_s: When the present episode began; None outside one.
         last_alert_s: When the last alert was raised, of whatever episode.
+        threshold_mg_dl: Of the rule that all this was said by: another one begins afresh. None before the first reading
+            and in states written before it was kept.
     """
 
     told: int = Stage.SAFE
     start_s: int | None = None
     last_alert_s: int | None = None
+    threshold_mg_dl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ def advance(
 
     Args:
         rule: What is watched for.
-        alarm: The state before.
+        alarm: The state before; one of another threshold counts as none.
         time_s: Of the reading, later than every one before.
         glucose: The reading, mg/dL.
         path: The watched quantile up to the horizon, or None where no forecast could be made.
@@ -175,14 +178,16 @@ def advance(
     Returns:
         The state after, and the stage to alert to; ``SAFE`` for no alert.
     """
+    if alarm.threshold_mg_dl != rule.threshold_mg_dl:  # what was told at another threshold says nothing of this one
+        alarm = Alarm(threshold_mg_dl=rule.threshold_mg_dl)
     if fresh:
-        alarm = Alarm(last_alert_s=alarm.last_alert_s)
+        alarm = _over(alarm)
     ahead = max((rule.excess(float(value)) for value in path), default=-np.inf) if path is not None else -np.inf
     here = rule.excess(glucose)
     stage = Stage.PRESENT if here > 0.0 else Stage.PREDICTED if ahead > 0.0 else Stage.SAFE
     if stage is Stage.SAFE:
         if max(here, ahead) < -rule.hysteresis_mg_dl:
-            alarm = Alarm(last_alert_s=alarm.last_alert_s)
+            alarm = _over(alarm)
         return alarm, Stage.SAFE
     if alarm.start_s is None:
         alarm = replace(alarm, start_s=time_s)
@@ -190,6 +195,11 @@ def advance(
     if stage <= alarm.told or not rested:
         return alarm, Stage.SAFE
     return replace(alarm, told=int(stage), last_alert_s=time_s), stage
+
+
+def _over(alarm: Alarm) -> Alarm:
+    """Return the state after the end of an episode."""
+    return replace(alarm, told=int(Stage.SAFE), start_s=None)
 
 
 def alert_id(pseudonym: bytes, rule: Rule, stage: Stage, start_s: int) -> str:

@@ -18,6 +18,7 @@ from shared.errors import IntakeError, PlanError
 if TYPE_CHECKING:
     from client.intake.glucose_formats import CsvMapping
     from client.monitor.alarm import Alert, Rule
+    from client.monitor.memory import Memory
     from client.monitor.stream import Lines
     from client.monitor.watch import Watch, Write
 
@@ -25,6 +26,9 @@ _CONSOLE, _ERRORS = Console(), Console(stderr=True)
 _HTTP = "http://"
 _LOOPBACKS = ("127.0.0.1", "localhost")
 _LAST_PORT = 65_535
+_NO_ZONE = (
+    "--time-zone is not given: times without an offset are taken as they are, and up to 14 hours ahead of the clock."
+)
 _MONITOR_EXAMPLES = """
 Examples:
 
@@ -92,8 +96,10 @@ def monitor(
     with ExitStack() as stack:
         memory = stack.enter_context(Memory(remembered))
         watch = Watch(trained, rules, memory, writers=_writers(alerts, fhir, quiet=shown), zone=zone)
+        if zone is None:
+            _ERRORS.print(_NO_ZONE, highlight=False, soft_wrap=True)
         with suppress(KeyboardInterrupt):  # how a monitor ends
-            _follow(watch, _source(source, memory.position, once, stack), rules, shown)
+            _follow(watch, _source(source, memory, once, stack), rules, shown)
         _ERRORS.print(_counted(watch), highlight=False, soft_wrap=True)
 
 
@@ -110,14 +116,14 @@ def _follow(watch: "Watch", source: "Iterator[Lines]", rules: "tuple[Rule, ...]"
             screen.show(watch.sights, _counted(watch))
 
 
-def _source(source: str, position: str, once: bool, stack: ExitStack) -> "Iterator[Lines]":
+def _source(source: str, memory: "Memory", once: bool, stack: ExitStack) -> "Iterator[Lines]":
     from client.monitor.listen import listening
     from client.monitor.stream import growing_file, standard_input
 
     if source == "-":
         return standard_input()
     if not source.startswith(_HTTP):
-        return growing_file(Path(source), position, follow=not once)
+        return growing_file(Path(source), memory.position, key=memory.secret, follow=not once)
     host, _, port = source.removeprefix(_HTTP).rstrip("/").rpartition(":")
     if host not in _LOOPBACKS or not port.isdecimal() or int(port) > _LAST_PORT:
         raise PlanError("The monitor listens on this machine only: --from http://127.0.0.1:PORT.")

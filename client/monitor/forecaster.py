@@ -41,6 +41,7 @@ class Fate(StrEnum):
     CLOCK_CHANGE = "clock-change"
     AHEAD = "ahead-of-time"
     OTHER_PATIENT = "other-patient"
+    CUT_OFF = "cut-off"
 
 
 @dataclass

@@ -3,16 +3,17 @@
     POST /   lines as the other sources take them; answered once their outcome is on the disk:
              200 {"read": 3, "bad-row": 1}
 
-A sender that gets no 200 sends again: what was read before is then a duplicate. Whoever may open a connection to
-loopback may post, so the port is for machines on which only the hospital's own people work. Pages in a browser are
-kept out: a request with an Origin, or for another host than loopback, is refused.
+A sender that gets no 200 sends again: what was read before is then a duplicate. A post that ends before its length is
+left out as a whole, for its last number may be cut short, and counted. Whoever may open a connection to loopback may
+post, so the port is for machines on which only the hospital's own people work. Pages in a browser are kept out: a
+request with an Origin, or for another host than loopback, is refused.
 """
 
 import json
 import queue
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any, Final
@@ -45,7 +46,24 @@ class _Poster(BaseHTTPRequestHandler):
         elif int(length) > MOST_BYTES:
             self._refuse(413, f"at most {MOST_BYTES} bytes")
         else:
-            self._hand_on(self.rfile.read(int(length)))
+            content = self._read(int(length))
+            if len(content) == int(length):
+                self._hand_on(content)
+            else:
+                self._leave_out()
+
+    def _read(self, length: int) -> bytes:
+        """Return what comes of a body; less of it if the sender hangs up or falls silent."""
+        try:
+            return self.rfile.read(length)
+        except OSError:
+            return b""
+
+    def _leave_out(self) -> None:
+        self.close_connection = True
+        with suppress(queue.Full):
+            self.server.posts.put_nowait(Lines([], cut_off=1))
+        self._answer(400, {"error": "cut off; send again"})
 
     def _hand_on(self, content: bytes) -> None:
         answer: queue.Queue[dict[str, int]] = queue.Queue()

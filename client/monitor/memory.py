@@ -11,6 +11,7 @@ import os
 import secrets
 import sqlite3
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
@@ -22,6 +23,8 @@ from shared.errors import StorageError
 from shared.files import storage_errors
 
 _VERSION = 1
+_BEGINNING = b'{"id": "'
+_NEEDED = {"id", "patient_id", "kind", "stage", "time"}
 _TABLES = (
     "CREATE TABLE patients (key BLOB PRIMARY KEY, state TEXT NOT NULL) STRICT, WITHOUT ROWID",
     "CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID",
@@ -62,18 +65,23 @@ class Memory:
 
     def __init__(self, path: Path | None) -> None:
         self._name = path.name if path else "the monitor's state"
-        if path and not path.exists():
+        if path:
             with storage_errors(path):
-                os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
-        self._database = sqlite3.connect(path or ":memory:", isolation_level=None, timeout=1.0)
-        try:
-            self._open()
-        except sqlite3.OperationalError as error:
-            self._database.close()
-            raise StorageError(f"{self._name} cannot be used, or another monitor is using it: {error}.") from error
-        except (sqlite3.DatabaseError, ValueError, KeyError, TypeError) as error:
-            self._database.close()
-            raise StorageError(f"{self._name} is no state of this monitor. Name another file.") from error
+                if not path.exists():
+                    os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+        with ExitStack() as opened:
+            try:
+                self._database = sqlite3.connect(path or ":memory:", isolation_level=None, timeout=1.0)
+                opened.callback(self._database.close)
+                self._open()
+            except sqlite3.OperationalError as error:
+                raise StorageError(
+                    f"{self._name} cannot be used, or another monitor is using it: {error}. "
+                    "Name a file with --state that no other monitor uses."
+                ) from error
+            except (sqlite3.DatabaseError, ValueError, KeyError, TypeError) as error:
+                raise StorageError(f"{self._name} is no state of this monitor. Name another file.") from error
+            opened.pop_all()
 
     def _open(self) -> None:
         self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -134,7 +142,7 @@ class AlertFile:
     """Alerts as JSON lines, each once. Made readable by its owner only: it names patients.
 
     Raises:
-        StorageError: If the file cannot be read or written.
+        StorageError: If the file cannot be read or written, or holds anything else; it is then left as it is.
     """
 
     def __init__(self, path: Path) -> None:
@@ -142,9 +150,15 @@ class AlertFile:
         with storage_errors(path):
             descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
             with os.fdopen(descriptor, "r+b") as handle:
-                content = handle.read()
-                handle.truncate(content.rfind(b"\n") + 1)  # a line that was cut off will be written again
-        self._known = {_id_of(line) for line in content.splitlines()}
+                *whole, rest = handle.read().split(b"\n")
+                ids = [_id_of(line) for line in whole]
+                if None in ids or rest[: len(_BEGINNING)] != _BEGINNING[: len(rest)]:
+                    raise StorageError(
+                        f"{path} is no file of a monitor's alerts and was left as it is. Name a new file with --alerts."
+                    )
+                if rest:  # a line that was cut off will be written again
+                    handle.truncate(handle.tell() - len(rest))
+        self._known = set(ids)
 
     def append(self, alerts: Iterable[Alert]) -> list[Alert]:
         """Write those that are not there yet, wait for the disk, and return them."""
@@ -158,8 +172,10 @@ class AlertFile:
         return fresh
 
 
-def _id_of(line: bytes) -> str:
+def _id_of(line: bytes) -> str | None:
+    """Return the id of an alert; None if the line is none."""
     try:
-        return str(json.loads(line)["id"])
-    except (ValueError, KeyError, TypeError):
-        return ""
+        found = json.loads(line)
+        return str(found["id"]) if set(found) >= _NEEDED else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None

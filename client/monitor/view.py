@@ -25,6 +25,8 @@ _CHROME: Final = 12
 _STYLES: Final = {Stage.SAFE: "green", Stage.PREDICTED: "yellow", Stage.PRESENT: "bold red"}
 _SAID: Final = {Stage.PREDICTED: "expected", Stage.PRESENT: "now"}
 _AT_30: Final = 30 // STEP_MIN - 1
+_MOST_BEHIND_S: Final = 12 * 3600
+"""How far a local clock of an unknown zone can be behind UTC."""
 
 
 def sparkline(values: list[float | None], low: float = _SPAN[0], high: float = _SPAN[1]) -> str:
@@ -78,16 +80,20 @@ def chart(sight: Sight, rules: Mapping[str, Rule], rows: int = _ROWS) -> Text:
 
 
 def render(sights: Mapping[str, Sight], rules: Mapping[str, Rule], counts: str, height: int, now_s: float) -> Group:
-    """Return the whole screen for ``height`` lines."""
-    ordered = sorted(sights.values(), key=lambda sight: (-max(sight.stages.values()), -sight.time_s, sight.patient_id))
+    """Return the whole screen for ``height`` lines; whoever was not seen for long comes last, whatever was so then."""
+    ordered = sorted(
+        sights.values(),
+        key=lambda sight: (_old(sight, now_s), -max(sight.stages.values()), -sight.time_s, sight.patient_id),
+    )
     if not ordered:
         return Group(Text("Waiting for readings …", style="dim"))
     first, room = ordered[0], max(height - _ROWS - _CHROME, 3)
-    title = Text.assemble((first.patient_id, "bold"), "  ", _now(first), "  ", _state(first))
+    title = Text.assemble((first.patient_id, "bold"), "  ", _now(first), "  ", _state(first, now_s))
     parts = [Panel(chart(first, rules), title=title, title_align="left", width=_LABEL + _HISTORY + HORIZON + 4)]
     table = Table("patient", "at", "mg/dL", "3 h", "in 30 min", "state", box=None, padding=(0, 1))
     for sight in ordered[:room]:
-        table.add_row(sight.patient_id, _at(sight, now_s), _now(sight), _spark(sight), _ahead(sight), _state(sight))
+        state = _state(sight, now_s)
+        table.add_row(sight.patient_id, _at(sight, now_s), _now(sight), _spark(sight), _ahead(sight), state)
     if len(ordered) > room:
         table.caption = f"and {len(ordered) - room} more"
     return Group(*parts, table, Text(f"{counts}  Model output; not reviewed by a clinician.", style="dim"))
@@ -118,10 +124,16 @@ def _reading_style(value: float | None, rules: Mapping[str, Rule]) -> str:
     return "bold red" if beyond else "cyan"
 
 
+def _old(sight: Sight, now_s: float) -> bool:
+    """Whether a patient's readings have been missing for so long that nothing is known of the present."""
+    behind = _MOST_BEHIND_S if sight.offset_s is None else 0
+    return now_s - sight.time_s > 60 * MAX_GAP_MIN + behind
+
+
 def _at(sight: Sight, now_s: float) -> Text:
     """Return the time of the last reading; marked where readings are missing."""
-    old = now_s - sight.time_s > 60 * MAX_GAP_MIN
-    return Text(f"{datetime.fromtimestamp(sight.time_s + sight.offset_s, UTC):%H:%M}", style="dim" if old else "")
+    local = datetime.fromtimestamp(sight.time_s + (sight.offset_s or 0), UTC)
+    return Text(f"{local:%H:%M}", style="dim" if _old(sight, now_s) else "")
 
 
 def _now(sight: Sight) -> str:
@@ -142,9 +154,10 @@ def _ahead(sight: Sight) -> str:
     return f"{middle:.0f} ({low:.0f} to {high:.0f})"
 
 
-def _state(sight: Sight) -> Text:
+def _state(sight: Sight, now_s: float) -> Text:
     worst = max(sight.stages.values())
-    if worst is Stage.SAFE:
-        return Text("in range", style=_STYLES[worst])
     kind = next(kind for kind, stage in sight.stages.items() if stage is worst)
-    return Text(f"{kind} {_SAID[worst]}", style=_STYLES[worst])
+    said = "in range" if worst is Stage.SAFE else f"{kind} {_SAID[worst]}"
+    if _old(sight, now_s):
+        return Text(f"last seen {said.removesuffix(' now')}", style="dim")
+    return Text(said, style=_STYLES[worst])

@@ -40,7 +40,7 @@ class Sight:
     Attributes:
         patient_id: As in the stream.
         time_s: Of the last reading.
-        offset_s: What its local clock is ahead of that.
+        offset_s: What its local clock is ahead of that; None if it is not known.
         history: ``(time_s, mg/dL)`` of the last hours.
         forecast: ``(HORIZON, 3)`` mg/dL, or None where none could be made.
         stages: What holds now, by rule's kind.
@@ -48,7 +48,7 @@ class Sight:
 
     patient_id: str
     time_s: int
-    offset_s: int
+    offset_s: int | None
     history: tuple[tuple[int, float], ...]
     forecast: Quantiles | None
     stages: dict[str, Stage]
@@ -88,7 +88,7 @@ class Watch:
         Raises:
             StorageError: If the outcome cannot be written; a monitor opened anew may then be given the same lines.
         """
-        fates: Counter[Fate] = Counter()
+        fates: Counter[Fate] = Counter({Fate.CUT_OFF: lines.cut_off} if lines.cut_off else {})
         waves = self._waves(lines.texts, fates)
         alerts = [alert for wave in waves for alert in self._wave(wave, fates)]
         for write in self._writers:
@@ -133,7 +133,7 @@ class Watch:
             if reading.insulin or reading.carbohydrate:
                 fate = patient.history.dose(reading.time_s, reading.insulin, reading.carbohydrate)
             if reading.glucose is not None:
-                fate = patient.history.add(reading.time_s, reading.glucose, reading.offset_s)
+                fate = patient.history.add(reading.time_s, reading.glucose, reading.offset_s or 0)
             fates[fate] += 1
             if fate is Fate.READ:
                 due.append((key, reading, patient.history.window()))
@@ -177,8 +177,8 @@ class Watch:
             patient_id=reading.patient_id,
             kind=rule.kind,
             stage=stage.name.lower(),
-            time=self._stamp(reading.time_s, reading.offset_s),
-            episode_start=self._stamp(start_s, reading.offset_s),
+            time=_stamp(reading.time_s, reading.offset_s),
+            episode_start=_stamp(start_s, reading.offset_s),
             glucose_mg_dl=float(reading.glucose or 0.0),
             threshold_mg_dl=rule.threshold_mg_dl,
             quantile=rule.quantile,
@@ -187,11 +187,12 @@ class Watch:
             band_mg_dl=band,
         )
 
-    def _stamp(self, time_s: int, offset_s: int) -> str:
-        """Return a time in its zone; without an offset where the stream has none."""
-        if self._zone is None and offset_s == 0:
-            return datetime.fromtimestamp(time_s, UTC).replace(tzinfo=None).isoformat()
-        return datetime.fromtimestamp(time_s, timezone(timedelta(seconds=offset_s))).isoformat()
+
+def _stamp(time_s: int, offset_s: int | None) -> str:
+    """Return a time on its local clock; without an offset where the stream has none."""
+    if offset_s is None:
+        return datetime.fromtimestamp(time_s, UTC).replace(tzinfo=None).isoformat()
+    return datetime.fromtimestamp(time_s, timezone(timedelta(seconds=offset_s))).isoformat()
 
 
 def _present_stage(rule: Rule, alarm: Alarm, glucose: float) -> Stage:

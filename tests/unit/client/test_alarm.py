@@ -96,6 +96,17 @@ def test_a_gap_ends_the_episode_but_not_the_refractory_time():
     assert stage is Stage.PRESENT
 
 
+def test_what_was_told_at_another_threshold_silences_nothing():
+    alarm, _ = advance(LOW, Alarm(), 0, 65.0, None)
+    assert advance(LOW, alarm, 300, 45.0, None)[1] is Stage.SAFE
+    lower = replace(LOW, threshold_mg_dl=54.0)
+    changed, stage = advance(lower, alarm, 300, 45.0, None)
+    assert stage is Stage.PRESENT
+    assert changed.start_s == 300
+    of_old, stage = advance(LOW, replace(alarm, threshold_mg_dl=None), 300, 65.0, None)  # a state without thresholds
+    assert (stage, of_old.threshold_mg_dl) == (Stage.PRESENT, 70.0)
+
+
 def test_the_watched_quantile_lies_where_the_model_says():
     forecast = np.array([[80.0, 100.0, 140.0], [60.0, 90.0, 150.0], [50.0, 80.0, 160.0]])
     for column, quantile in enumerate((0.05, 0.5, 0.95)):

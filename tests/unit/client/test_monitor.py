@@ -1,16 +1,20 @@
 """The monitor on streams as they are: late, doubled, broken, cut off and taken up again."""
 
+import contextlib
 import hashlib
+import http.client
 import io
 import json
 import os
 import signal
+import socket
+import sqlite3
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread
@@ -157,6 +161,40 @@ def test_csv_and_json_say_the_same_and_zones_are_kept_apart() -> None:
     dose = parse_line("P-1,2024-01-01T10:00,,2", None, NOW_S)
     assert isinstance(dose, Reading)
     assert (dose.glucose, dose.insulin) == (None, 2.0)
+
+
+def test_only_a_stamp_that_hides_its_zone_may_be_hours_ahead_of_the_clock() -> None:
+    def fate(minutes: float, offset: str, zone: ZoneInfo | None = None) -> object:
+        ahead = datetime.fromtimestamp(NOW_S + 60 * minutes, UTC)
+        found = parse_line(f"P,{ahead:%Y-%m-%dT%H:%M:%S}{offset},100", zone, NOW_S)
+        return found if isinstance(found, Fate) else "read"
+
+    assert (fate(14, "Z"), fate(16, "Z"), fate(14 * 60, "Z")) == ("read", Fate.AHEAD, Fate.AHEAD)
+    assert (fate(14 * 60, "+14:00"), fate(14 * 60 + 16, "+14:00")) == ("read", Fate.AHEAD)
+    assert (fate(14 * 60 + 14, ""), fate(14 * 60 + 16, "")) == ("read", Fate.AHEAD)
+    assert (fate(14, "", ZoneInfo("UTC")), fate(16, "", ZoneInfo("UTC"))) == ("read", Fate.AHEAD)
+
+
+@pytest.mark.parametrize(
+    ("text", "zone", "said", "clock"),
+    [
+        ("2024-05-01T23:30:00-05:00", None, "2024-05-01T23:30:00-05:00", "23:30"),
+        ("2024-05-01T23:30:00Z", None, "2024-05-01T23:30:00+00:00", "23:30"),
+        ("2024-05-01T23:30:00", None, "2024-05-01T23:30:00", "23:30"),
+        ("2024-05-01T23:30:00-05:00", "Europe/Vienna", "2024-05-02T06:30:00+02:00", "06:30"),
+        ("2024-05-01T23:30:00", "America/Bogota", "2024-05-01T23:30:00-05:00", "23:30"),
+    ],
+)
+def test_alerts_and_screen_keep_the_local_clock(
+    trained: Trained, text: str, zone: str | None, said: str, clock: str
+) -> None:
+    watch = Watch(trained, DEFAULT_RULES, Memory(None), zone=ZoneInfo(zone) if zone else None, now=lambda: NOW_S)
+    (alert,) = watch.take(Lines([f"P,{text},50"]))
+    assert (alert.time, alert.episode_start) == (said, said)
+    assert observation(alert)["effectiveDateTime"] == detected_issue(alert)["identifiedDateTime"] == said
+    console = Console(width=110, record=True, file=io.StringIO())
+    console.print(render(watch.sights, RULES, "", 40, NOW_S))
+    assert clock in console.export_text()
 
 
 @given(st.binary(max_size=200))
@@ -330,6 +368,28 @@ def test_a_growing_file_is_read_on_over_restarts_rotation_and_cut_lines(tmp_path
         next(growing_file(tmp_path / "absent"))
 
 
+def test_another_file_in_the_old_ones_place_is_read_from_its_beginning(tmp_path: Path) -> None:
+    path, head = tmp_path / "s.csv", "patient_id,timestamp,glucose_mg_dl\n"
+
+    def read(position: str = "", key: bytes = bytes(32)) -> Lines:
+        return next(growing_file(path, position, key=key, follow=False))
+
+    path.write_text(head + "P-17,1,1\nP-17,2,2\n")
+    inode, position = path.stat().st_ino, read().position
+    assert "P-17" not in position
+    assert read(position).texts == []
+    path.write_text(head + "".join(f"P-17,{k},{k}\n" for k in range(3, 9)))
+    assert path.stat().st_ino == inode  # as a file system may give it to a new file
+    assert len(read(position).texts) == 7
+    position = read().position
+    with path.open("a") as handle:
+        handle.write("P-17,9,9\n")
+    assert read(position).texts == ["P-17,9,9"]
+    of_old_state, of_other_file = f"{inode}:64", f"{inode + 1}:{position.partition(':')[2]}"
+    assert len(read(of_old_state).texts) == len(read(of_other_file).texts) == 8
+    assert len(read(position, key=b"x" * 32).texts) == 8
+
+
 def test_standard_input_gives_whole_lines_and_drops_endless_ones() -> None:
     read, write = os.pipe()
     content = b"a,b,c\n" + b"y" * 200_000 + b"\nd,e,f\r\n\ng"
@@ -337,10 +397,46 @@ def test_standard_input_gives_whole_lines_and_drops_endless_ones() -> None:
         target=lambda: (os.write(write, content[:60_000]), os.write(write, content[60_000:]), os.close(write))
     )
     sender.start()
-    texts = [text for lines in standard_input(read) for text in lines.texts]
+    found = list(standard_input(read))
     sender.join()
     os.close(read)
-    assert [text.strip() for text in texts] == ["a,b,c", "\0", "d,e,f", "g"]
+    assert [text.strip() for lines in found for text in lines.texts] == ["a,b,c", "\0", "d,e,f"]
+    assert [lines.cut_off for lines in found if lines.cut_off] == [1]  # the g may be the beginning of anything
+
+
+LONG = "y" * 5000
+PIECES = st.lists(st.sampled_from(["P,2024-01-01T00:00,230", "P,2024-01-01T00:05,95", "", LONG]), max_size=6)
+
+
+@given(PIECES, st.floats(0.0, 1.0))
+def test_a_file_is_cut_into_the_same_lines_wherever_it_ended_for_a_while(
+    tmp_path_factory: pytest.TempPathFactory, pieces: list[str], share: float
+) -> None:
+    path, content = tmp_path_factory.mktemp("grown") / "s.csv", "".join(piece + "\n" for piece in pieces).encode()
+    cut = round(share * len(content))
+    path.write_bytes(content[:cut])
+    first = list(growing_file(path, follow=False))
+    path.write_bytes(content)
+    position = "".join(lines.position for lines in first)  # of the one part that so short a file has
+    found = [text for lines in [*first, *growing_file(path, position, follow=False)] for text in lines.texts]
+    assert [text.replace(LONG, "\0") for text in found] == [piece.replace(LONG, "\0") for piece in pieces if piece]
+    assert sum(lines.cut_off for lines in first) == int(not content[:cut].endswith(b"\n") and cut > 0)
+
+
+def test_a_number_cut_short_is_no_reading(trained: Trained, tmp_path: Path) -> None:
+    path = tmp_path / "s.csv"
+    path.write_text(f"P,{stamp(0)},120\nP,{stamp(5)},23")
+    with Memory(tmp_path / "state") as memory:
+        watch = Watch(trained, DEFAULT_RULES, memory, now=lambda: NOW_S)
+        said: list[str] = []
+        for rest in ("", "0\n"):
+            with path.open("a") as handle:
+                handle.write(rest)
+            for lines in growing_file(path, memory.position, follow=False):
+                said += [alert.kind for alert in watch.take(lines)]
+    assert said == ["high"]
+    assert watch.fates == {Fate.READ: 2, Fate.CUT_OFF: 1}
+    assert watch.sights["P"].history[-1][1] == 230.0
 
 
 def test_two_monitors_do_not_share_a_state_and_no_other_file_is_one(tmp_path: Path) -> None:
@@ -350,6 +446,53 @@ def test_two_monitors_do_not_share_a_state_and_no_other_file_is_one(tmp_path: Pa
     with pytest.raises(StorageError, match="no state"):
         Memory(tmp_path / "text")
     assert (tmp_path / "state").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_monitor_told_another_threshold_warns_afresh_and_takes_up_old_states(
+    trained: Trained, tmp_path: Path
+) -> None:
+    def kinds(threshold: float, *rows: str) -> list[tuple[str, float]]:
+        low = replace(DEFAULT_RULES[0], threshold_mg_dl=threshold)
+        with Memory(tmp_path / "state") as memory:
+            watch = Watch(trained, [low, DEFAULT_RULES[1]], memory, now=lambda: NOW_S)
+            return [(alert.kind, alert.threshold_mg_dl) for alert in watch.take(Lines(list(rows)))]
+
+    assert kinds(70.0, f"P,{stamp(0)},65") == [("low", 70.0)]
+    assert kinds(70.0, f"P,{stamp(5)},64") == []
+    assert kinds(54.0, *(f"P,{stamp(5 * k)},45" for k in range(2, 21))) == [("low", 54.0)]
+    with sqlite3.connect(tmp_path / "state") as database:  # as it was written before thresholds were kept
+        database.execute("UPDATE patients SET state = replace(state, ',\"threshold_mg_dl\":54.0', '')")
+    database.close()
+    assert kinds(54.0, f"P,{stamp(105)},45") == [("low", 54.0)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x89PNG\x00 a picture without an end of line",
+        b"patient_id,timestamp,glucose_mg_dl\nP,2024-01-01T00:00,100\n",
+        b'{"id": "of something else"}\n',
+        b'[{"id": 1}]\n{"id": "',
+        b"[" * 100_000 + b"\n",
+        b"{}",
+    ],
+)
+def test_a_file_that_holds_no_alerts_is_left_as_it_is(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(StorageError, match=r"a\.jsonl is no file of .* --alerts"):
+        AlertFile(tmp_path / "a.jsonl")
+    assert (tmp_path / "a.jsonl").read_bytes() == content
+
+
+def test_alerts_cut_anywhere_are_taken_up_again(some_alerts: list, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    AlertFile(path).append(some_alerts[:3])
+    whole = path.read_bytes()
+    last = len(whole.splitlines(keepends=True)[-1])
+    for cut in range(len(whole) - last, len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        AlertFile(path).append(some_alerts[:3])
+        assert path.read_bytes() == whole
 
 
 def test_the_state_names_nobody(trained: Trained, tmp_path: Path) -> None:
@@ -388,6 +531,20 @@ def test_posts_are_answered_when_their_outcome_is_on_the_disk(trained: Trained, 
         assert post(port, content, Origin="https://evil.example")[0] == 403
         assert post(port, content, Host="evil.example")[0] == 403
         assert post(port, b"x" * (MOST_BYTES + 1))[0] == 413
+
+
+def test_a_post_that_ends_early_is_left_out_as_a_whole(trained: Trained) -> None:
+    content = f"P,{stamp(0)},120\nP,{stamp(5)},230".encode()
+    with listening(0) as (port, posts), socket.create_connection(("127.0.0.1", port), timeout=30) as sender:
+        head = f"POST / HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+        sender.sendall(head + content[:-1])
+        sender.shutdown(socket.SHUT_WR)
+        watch = Watch(trained, DEFAULT_RULES, Memory(None), now=lambda: NOW_S)
+        assert watch.take(next(lines for lines in posts if lines.texts or lines.cut_off)) == []
+        with sender.makefile("rb") as answer:
+            assert b" 400 " in answer.readline()
+    assert watch.fates == {Fate.CUT_OFF: 1}
+    assert not watch.sights
 
 
 # What is made of alerts.
@@ -429,7 +586,7 @@ def test_the_screen_shows_the_most_urgent_first_and_survives_what_is_missing(tra
     rows += [f"falling,{stamp(5 * k)},{200 - 3.5 * k}" for k in range(40)] + [f"new,{stamp(0)},100"]
     watch = watch_all(trained, rows)
     console = Console(width=110, record=True, file=io.StringIO())
-    console.print(render(watch.sights, RULES, "counts", 40, NOW_S))
+    console.print(render(watch.sights, RULES, "counts", 40, 1_704_067_200 + 300 * 40))
     text = console.export_text()
     assert text.index("falling") < text.index("calm")
     assert "in range" in text
@@ -438,6 +595,20 @@ def test_the_screen_shows_the_most_urgent_first_and_survives_what_is_missing(tra
     assert "low now" in text  # within the refractory time of the alert that foretold it
     assert sparkline([40.0, None, 300.0, 900.0, -5.0]) == "▁ ██▁"
     console.print(render({}, RULES, "", 40, NOW_S))
+
+
+@pytest.mark.parametrize(
+    ("offset", "age_min", "first"),
+    [("Z", 44, "GONE"), ("Z", 46, "HERE"), ("Z", 7 * 1440, "HERE"), ("", 46, "GONE"), ("", 12 * 60 + 46, "HERE")],
+)
+def test_whoever_was_not_seen_for_long_comes_last(trained: Trained, offset: str, age_min: int, first: str) -> None:
+    """Local clocks of an unknown zone can be 12 hours behind."""
+    watch = watch_all(trained, [f"GONE,{stamp(0)}{offset},50", f"HERE,{stamp(age_min)}{offset},120"])
+    console = Console(width=110, record=True, file=io.StringIO())
+    console.print(render(watch.sights, RULES, "", 40, datetime.fromisoformat(f"{stamp(age_min)}Z").timestamp()))
+    text = console.export_text()
+    assert (text.index("HERE") < text.index("GONE")) == (first == "HERE")
+    assert ("low now" in text, "last seen low" in text) == (first == "GONE", first == "HERE")
 
 
 # One patient's own model, and the command.
@@ -460,40 +631,68 @@ def test_a_personal_model_serves_one_patient_and_starts_no_run(tmp_path: Path) -
         load_trained(path, "nodule-classification", "score nodules")
 
 
-def monitor(*arguments: object, **options: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "client.cli", "monitor", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+def post_to_the_dying(port: int, content: bytes) -> None:
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        post(port, content)
 
 
-def test_the_command_survives_kill_9_and_says_nothing_of_patients(checkpoint: Path, tmp_path: Path) -> None:
-    stream, alerts, rows = tmp_path / "s.csv", tmp_path / "a.jsonl", waves(steps=60)
-    stream.write_text("\n".join(rows[:60]) + "\n")
-    first = monitor(checkpoint, "--from", stream, "--alerts", alerts)
-    try:
-        end = time.monotonic() + 60
-        while not (alerts.exists() and alerts.read_text()) and time.monotonic() < end:
-            time.sleep(0.05)
-    finally:
-        first.send_signal(signal.SIGKILL)
-        first.communicate()
-    before = alerts_in(alerts)
+@pytest.fixture
+def monitor(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Return the command: what it ends with, and what it says on standard output and standard error."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedward-site", "monitor", *map(str, arguments)])
+        try:
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        return end.value.code, *capfd.readouterr()
+
+    return run
+
+
+def test_the_command_survives_kill_9_and_says_nothing_of_patients(
+    checkpoint: Path, trained: Trained, tmp_path: Path, monitor: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, alerts, rows = tmp_path / "s.csv", tmp_path / "a.jsonl", [f"{row}\n" for row in waves(steps=60)]
+    command = [sys.executable, "-m", "client.cli", "monitor", checkpoint, "--from", "http://127.0.0.1:0"]
+    with subprocess.Popen([*command, "--alerts", alerts], stderr=subprocess.PIPE, text=True) as first:
+        try:
+            port = int(next(line for line in first.stderr if line.startswith("listening")).rpartition(":")[2])
+            assert post(port, "".join(rows[:60]).encode())[0] == 200
+            before = alerts_in(alerts)
+            sender = Thread(target=post_to_the_dying, args=(port, "".join(rows[60:90]).encode()))
+            sender.start()
+        finally:
+            first.kill()  # wherever it is with what was sent last
+        sender.join()
+        assert "P-" not in first.stderr.read()
     assert before
-    with stream.open("a") as handle:
-        handle.write("\n".join(rows[60:]) + "\n")
-    second = monitor(checkpoint, "--from", stream, "--alerts", alerts, "--once")
-    out, err = second.communicate(timeout=120)
-    assert second.returncode == 0, err
+
+    stream.write_text("".join(rows))
+    code, out, err = monitor(checkpoint, "--from", stream, "--alerts", alerts, "--once")
+    assert code == 0, err
     assert "P-" not in out + err
+    assert err.count("--time-zone is not given") == 1
     found = alerts_in(alerts)
     assert found[: len(before)] == before
-    assert len({alert["id"] for alert in found}) == len(found) > len(before)
+    with Memory(tmp_path / "a.jsonl.state") as memory:
+        never_killed = Watch(trained, DEFAULT_RULES, Memory(None))
+        never_killed._memory.secret = memory.secret
+    expected = [json.loads(json.dumps(alert.to_json())) for alert in never_killed.take(Lines(rows))]
+    assert sorted(found, key=lambda alert: alert["id"]) == sorted(expected, key=lambda alert: alert["id"])
+    assert len(found) > len(before)
 
-    piped = monitor(checkpoint, "--from", "-", stdin=subprocess.PIPE)
-    out, err = piped.communicate("\n".join(rows), timeout=120)
-    whole = [json.loads(line) for line in out.splitlines()]
+    _, _, err = monitor(checkpoint, "--from", stream, "--alerts", alerts, "--once", "--time-zone", "UTC")
+    assert err == "no lines yet\n"
+    with stream.open() as standard_input:
+        monkeypatch.setattr(sys, "stdin", standard_input)
+        _, out, _ = monitor(checkpoint, "--from", "-")
     drop = {"id"}  # of another secret
-    assert [{k: v for k, v in a.items() if k not in drop} for a in whole] == [
-        {k: v for k, v in a.items() if k not in drop} for a in found
+    assert [{k: v for k, v in json.loads(line).items() if k not in drop} for line in out.splitlines()] == [
+        {k: v for k, v in alert.items() if k not in drop} for alert in expected
     ]
 
 
@@ -506,20 +705,19 @@ def test_the_command_survives_kill_9_and_says_nothing_of_patients(checkpoint: Pa
         (["--from", "x", "--low", "200"], "--low"),
         (["--from", "x", "--low-quantile", "0.01"], "quantile"),
         (["--from", "absent.csv", "--once"], "absent.csv"),
+        (["--from", "x", "--state", "."], "--state"),
     ],
 )
 def test_what_cannot_be_watched_is_one_sentence(
-    arguments: list[str], said: str, checkpoint: Path, tmp_path: Path, monkeypatch, capfd
+    arguments: list[str],
+    said: str,
+    checkpoint: Path,
+    tmp_path: Path,
+    monitor: Callable,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(sys, "argv", ["fedward-site", "monitor", str(checkpoint), *arguments])
-    try:
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    error = capfd.readouterr().err
-    assert end.value.code == 1
+    code, _, error = monitor(checkpoint, *arguments)
+    assert code == 1
     assert said in error
     assert "Traceback" not in error
