@@ -8,7 +8,9 @@ from typing import Protocol
 import grpc  # type: ignore[import-untyped]
 from cryptography.hazmat.primitives.asymmetric import ec
 
-MAX_ANSWER_BYTES = 32 * 2**20  # Flower cuts arrays into pieces of 5 MiB
+from shared.objects import MAX_MESSAGE_BYTES
+
+MAX_ANSWER_BYTES = MAX_MESSAGE_BYTES + 2**20
 
 
 class LinkFault(StrEnum):

@@ -9,16 +9,13 @@ by which it hands out configuration, are not among them.
 What Flower's private modules do is pinned by ``tests/contract/test_link.py`` against a real SuperLink.
 """
 
-import json
 import random
 import time
-from collections.abc import Iterator
-from itertools import islice
 from threading import Event, Thread
 from typing import Any, Self
 
 import grpc  # type: ignore[import-untyped]
-from flwr.app import Array, Message, RecordDict
+from flwr.app import Message
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -39,17 +36,14 @@ from flwr.supercore.constant import (
 )
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
-    get_object_body,
-    get_object_head_values_from_object_content,
     get_object_tree,
-    iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.version import package_name, package_version
 
 from client.channel import PASSING, Backoff, Endpoint, LinkFault, Watch, fault_of
+from shared.objects import MAX_MESSAGE_BYTES, content_from, object_names
 
 _CALLS = (
     *("ActivateNode", "DeactivateNode", "SendNodeHeartbeat", "PullMessages", "PushMessages"),
@@ -60,8 +54,6 @@ _HEADERS = (  # who calls; Flower's own helper would load its web framework, 11 
     (FLWR_PACKAGE_VERSION_METADATA_KEY, package_version),
     (FLWR_COMPONENT_NAME_METADATA_KEY, "SuperNode"),
 )
-MAX_MESSAGE_BYTES = 256 * 2**20  # of one incoming message; 64 million float32, far above any task's model
-_MAX_OBJECTS = 4096
 HEARTBEAT_S = 10.0  # the least that Flower permits: a dead site is noticed after two of these
 _CALL_S, _OBJECT_CALL_S, _LAST_CALL_S = 30.0, 300.0, 1.5
 _LAPSE_S = 1.0
@@ -171,10 +163,7 @@ class Link:
             identifier = envelope.metadata.message_id
             confirm = ConfirmMessageReceivedRequest(node=self._node, run_id=run, message_object_id=identifier)
             self._call("ConfirmMessageReceived", confirm)
-            inflated = inflate_object_from_contents(content.object_id, contents)
-            if not isinstance(inflated, RecordDict):
-                raise UnacceptableMessage(envelope)
-            return make_message(metadata=envelope.metadata, content=inflated)
+            return make_message(metadata=envelope.metadata, content=content_from(content.object_id, contents))
         except (LinkRefused, Stopped) as error:
             if isinstance(error, LinkRefused) and error.fault is LinkFault.RUN_OVER:
                 return None
@@ -224,18 +213,11 @@ class Link:
 
     def _pull(self, run: int, tree: ObjectTree) -> dict[str, bytes]:
         """Return the contents of a message's objects, never holding more than the limit and one object."""
-        names = list(islice(iterate_object_tree(tree), _MAX_OBJECTS + 1))
-        if len(names) > _MAX_OBJECTS:
-            raise LinkRefused(LinkFault.TOO_LARGE)
         contents: dict[str, bytes] = {}
-        size = 0
-        for name in dict.fromkeys(item.object_id for item in names):
+        for name in object_names(tree):
             contents[name] = self._pull_object(run, name)
-            size += len(contents[name])
-            if size > MAX_MESSAGE_BYTES:
+            if sum(map(len, contents.values())) > MAX_MESSAGE_BYTES:
                 raise LinkRefused(LinkFault.TOO_LARGE)
-        if sum(_unfolded_sizes(contents)) > MAX_MESSAGE_BYTES:
-            raise LinkRefused(LinkFault.TOO_LARGE)
         return contents
 
     def _pull_object(self, run: int, name: str) -> bytes:
@@ -302,12 +284,3 @@ def _envelope(proto: Any) -> Message:
     except ValueError as error:
         proto.metadata.message_type = "query.unknown"  # only to have something that can be replied to
         raise UnacceptableMessage(message_from_proto(proto)) from error
-
-
-def _unfolded_sizes(contents: dict[str, bytes]) -> Iterator[int]:
-    """Yield the size of each array once its pieces are joined: one small piece may be named a million times."""
-    for content in contents.values():
-        kind, children, _ = get_object_head_values_from_object_content(content)
-        if kind == Array.__qualname__:
-            order = json.loads(get_object_body(content, Array))["arraychunk_ids"]
-            yield sum(len(contents[children[number]]) for number in order)

@@ -8,14 +8,16 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.superlink.grid import HttpGrid
 
 from server.children import die_with_parent
 from server.cohort import Member as Enrolled
 from server.config import ServerConfig
-from server.grid import adapt_grid
+from server.grid import ServiceGrid
 from server.members import Members, active
 from server.planning import open_heldout
 from server.registry import RUNNING
@@ -39,11 +41,10 @@ def main(grid: Grid, context: Context) -> None:
         run_federation(grid, job_from(config))
         return
     die_with_parent()
-    adapt_grid()
     folder = RunFolder(Path(config["server"]), config["run"])
     with folder.working(), _explained(folder):
         if folder.wanted == RUNNING:  # not if it was stopped while this process was starting
-            run_federation(grid, job_from(config))
+            run_federation(ServiceGrid(cast(HttpGrid, grid)), job_from(config))
 
 
 def job_from(config: Mapping[str, str]) -> Job:

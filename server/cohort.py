@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from flwr.app import Message, MessageType
-from flwr.serverapp import Grid
 
-from server.exchange import Presence, Question, Timing, exchange
+from server.exchange import Grid, Presence, Question, Timing, exchange
 from server.registry import LATE, VANISHED, Registry, SiteRow
 from server.replies import check_offer
 from shared.errors import ErrorCode, FederationError
@@ -106,7 +105,7 @@ class Cohort:
             return
         replies: dict[int, Message] = {}
         deadline_s = min(self._plan.deadline_s, self._timing.query_s)
-        question = Question(PlanQuery(self._run, self._plan).to_content(), MessageType.QUERY, "0", deadline_s)
+        question = Question(PlanQuery(self._run, self._plan).to_content, MessageType.QUERY, "0", deadline_s)
         silent = exchange(self._grid, question, newcomers, self.presence, self._timing, replies.__setitem__)
         for node in newcomers:  # in a fixed order: of two that claim one name, the first has it
             if node in replies:

@@ -1,4 +1,4 @@
-"""Flower's SuperLink and its Control API; with :mod:`server.grid` all that the aggregator uses unpublished of Flower.
+"""Flower's SuperLink and its Control API; what it uses unpublished is here and in ``superlink.py`` and ``grid.py``.
 
 The Control and Runtime APIs are one HTTPS port on loopback. Nothing but a thin bundle is ever submitted: it names
 ``server.app:app``, and what runs is what the operator installed.
@@ -45,6 +45,9 @@ RUN_KEY, SERVER_KEY = "run", "server"
 SUPERLINK, SUPEREXEC = "superlink", "superexec"
 _EXECUTOR_POLL_S = 1.0
 _TIMEOUT_S = 10.0
+_SUPEREXEC = (
+    "import sys; sys.argv[0] = 'flower-superexec'; from flwr.supercore.cli import flower_superexec as run; run()"
+)
 _RUNS_LOOKED_AT = 200
 """Flower lists every attempt ever made, latest first; unfinished ones are among the latest."""
 _BUNDLE = f"""\
@@ -67,22 +70,6 @@ clientapp = "client.app:app"
 {RUN_KEY} = ""
 {SERVER_KEY} = ""
 """
-
-
-_ORDERLY = """\
-from contextlib import contextmanager
-from threading import RLock
-from flwr.supercore.sql_mixin import SqlMixin
-session, turn = SqlMixin.session, RLock()
-@contextmanager
-def in_turn(self):
-    with turn, session(self) as opened:
-        yield opened
-SqlMixin.session = in_turn
-"""
-"""Has the SuperLink's threads wait in line for its database, which takes one writer at a time anyway. Left to SQLite,
-those who find it busy sleep and try again, for milliseconds that add up in every round; and give up after 5 s, which
-a hundred sites on a busy machine can use up: a ServerApp whose weights could not be stored for that breaks off."""
 
 
 class LinkError(FederationError):
@@ -232,8 +219,8 @@ def commands(server: Path, config: ServerConfig) -> Mapping[str, list[str]]:
         *secret,
     ]
     return {
-        SUPERLINK: [sys.executable, "-c", _ORDERLY + _entry("superlink.cli", "flower_superlink"), *superlink],
-        SUPEREXEC: [sys.executable, "-c", _entry("supercore.cli", "flower_superexec"), *superexec],
+        SUPERLINK: [sys.executable, "-m", "server.superlink", *superlink],
+        SUPEREXEC: [sys.executable, "-c", _SUPEREXEC, *superexec],
     }
 
 
@@ -259,10 +246,6 @@ def _bundle() -> Fab:
     readme = b"This bundle carries no code: the aggregator runs what its operator installed.\n"
     content, _ = build_fab_from_files({"pyproject.toml": _BUNDLE.encode(), "README.md": readme})
     return Fab(hash_str=hashlib.sha256(content).hexdigest(), content=content)
-
-
-def _entry(package: str, function: str) -> str:
-    return f"import sys; sys.argv[0] = {function!r}; from flwr.{package} import {function}; {function}()"
 
 
 def _bracketed(address: str) -> str:

@@ -17,17 +17,28 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from flwr.app import Message, RecordDict
-from flwr.serverapp import Grid
 
 from server.registry import LATE, VANISHED
 from shared.messages import is_undelivered
 
 _LOG = logging.getLogger(__name__)
 _POLL_S, _FIRST_POLL_S, _SLOWEST_POLL_S, _POLL_SHARE = 0.05, 0.15, 0.5, 0.02
-_AT_ONCE = 16
-"""Replies pulled by one request: a hundred that lie ready together would otherwise all be in memory at once."""
+
+
+class Grid(Protocol):
+    """What rounds need of Flower's ``Grid``."""
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the nodes that are connected."""
+
+    def push_messages(self, messages: list[Message]) -> Iterable[str]:
+        """Send messages; return the id of each."""
+
+    def pull_messages(self, message_ids: list[str]) -> Iterable[Message]:
+        """Return the replies to some messages that have arrived."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +104,9 @@ class Presence:
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """One request to many nodes."""
+    """One request to many nodes; every sending of it has content of its own."""
 
-    content: RecordDict
+    content: Callable[[], RecordDict]
     kind: str
     group: str
     deadline_s: float
@@ -126,9 +137,9 @@ class _Calls:
 
     def send(self, nodes: Collection[int]) -> None:
         """Send the question to each node, for the first time or anew."""
-        question, ttl = self._question, max(self.left_s, 1.0)
+        question, content, ttl = self._question, self._question.content(), max(self.left_s, 1.0)
         messages = [
-            Message(question.content, dst_node_id=node, message_type=question.kind, group_id=question.group, ttl=ttl)
+            Message(content, dst_node_id=node, message_type=question.kind, group_id=question.group, ttl=ttl)
             for node in nodes
         ]
         identifiers = list(self._grid.push_messages(messages)) if messages else []
@@ -142,21 +153,19 @@ class _Calls:
 
     def pull(self) -> Iterable[tuple[int, Message]]:
         """Yield what has arrived. A failed reply does not say truly who sent it, so it is known by its question."""
-        waiting = list(self._nodes)
-        for first in range(0, len(waiting), _AT_ONCE):
-            for reply in self._grid.pull_messages(waiting[first : first + _AT_ONCE]):
-                identifier = reply.metadata.reply_to_message_id
-                node = self._nodes.pop(identifier, None)
-                if node is None:
-                    continue
-                call = self.open[node]
-                call.messages.discard(identifier)
-                if is_undelivered(reply):
-                    call.lost = True
-                    continue
-                for other in self.open.pop(node).messages:
-                    del self._nodes[other]
-                yield node, reply
+        for reply in self._grid.pull_messages(list(self._nodes)):
+            identifier = reply.metadata.reply_to_message_id
+            node = self._nodes.pop(identifier, None)
+            if node is None:
+                continue
+            call = self.open[node]
+            call.messages.discard(identifier)
+            if is_undelivered(reply):
+                call.lost = True
+                continue
+            for other in self.open.pop(node).messages:
+                del self._nodes[other]
+            yield node, reply
 
     def ask_again(self, online: Collection[int]) -> None:
         """Send anew to the nodes whose question or answer was lost, as far as they are connected."""

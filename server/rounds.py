@@ -17,13 +17,12 @@ from pathlib import Path
 
 import torch
 from flwr.app import Message, MessageType
-from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
 from server.checkpoints import Checkpoint, latest_checkpoint, load_strategy, load_weights, save_checkpoint
 from server.cohort import Cohort, Member
-from server.exchange import SIMULATED, Question, Timing, exchange
+from server.exchange import SIMULATED, Grid, Question, Timing, exchange
 from server.registry import (
     ASKED,
     COMPLETED,
@@ -266,7 +265,7 @@ def _ask(run: _Run, request: TrainRequest) -> tuple[Replies, dict[str, str]]:
     def enough() -> bool:
         return _count(outcomes, {OK}) >= _quorum(plan, outcomes)
 
-    question = Question(request.to_content(), MessageType.TRAIN, str(request.round), plan.deadline_s)
+    question = Question(request.to_content, MessageType.TRAIN, str(request.round), plan.deadline_s)
     silent = exchange(run.grid, question, list(sites), run.cohort.presence, run.timing, take, enough)
     for node, outcome in silent.items():
         outcomes[sites[node].site] = outcome

@@ -3,16 +3,32 @@
     query   plan                                → site, declared_patients, plan digest
     train   plan, run, round, weights           → weights, plan digest, round
 
+A message holds one record, ``config``, in which weights are little-endian float32 bytes. Flower knows arrays, but one
+small piece of an array may be named a million times, every piece costs a call, and their names, which are hashes,
+would follow from the weights: a site that foresees them could spoil them at the SuperLink. For that reason a question
+also holds a fresh ``nonce``.
+
 An error travels as Flower's ``Error`` whose reason is one word of :class:`shared.errors.ErrorCode`.
 """
 
 import hashlib
-import re
+import secrets
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, Metadata, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    ConfigRecordValues,
+    Error,
+    Message,
+    MessageType,
+    Metadata,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.common.constant import ErrorCode as FlowerErrorCode
 
 from shared.errors import ErrorCode, ProtocolError
@@ -20,6 +36,7 @@ from shared.plan import RunPlan
 from shared.weights import Vector
 
 CONFIG, ARRAYS, WEIGHTS, METRICS, WEIGHT_KEY = "config", "arrays", "weights", "metrics", "num-examples"
+_NONCE_BYTES = 16
 _ERROR_NUMBER = 1000
 _UNDELIVERED = frozenset(
     {
@@ -29,12 +46,8 @@ _UNDELIVERED = frozenset(
     }
 )
 _MAX_PLAN_CHARS = 16_384
-_MOST_HEADER_BYTES = 256
-_HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00..\{'descr': '<f4', 'fortran_order': False, 'shape': \((?P<count>\d{1,12}),\), \} *\n",
-    re.DOTALL,
-)
-_T = TypeVar("_T", str, int)
+_T = TypeVar("_T", str, int, bytes)
+_Config = dict[str, ConfigRecordValues]
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,7 @@ class PlanQuery:
 
     def to_content(self) -> RecordDict:
         """Return the Flower payload."""
-        return RecordDict({CONFIG: ConfigRecord({"run": self.run, "plan": self.plan.to_json()})})
+        return _question({"run": self.run, "plan": self.plan.to_json()})
 
     @classmethod
     def from_content(cls, content: RecordDict) -> "PlanQuery":
@@ -65,17 +78,12 @@ class SiteOffer:
 
     def to_content(self) -> RecordDict:
         """Return the Flower payload."""
-        return RecordDict(
-            {
-                CONFIG: ConfigRecord(
-                    {
-                        "site": self.site,
-                        "declared-patients": self.declared_patients,
-                        "plan-digest": self.plan_digest,
-                    }
-                )
-            }
-        )
+        config: _Config = {
+            "site": self.site,
+            "declared-patients": self.declared_patients,
+            "plan-digest": self.plan_digest,
+        }
+        return RecordDict({CONFIG: ConfigRecord(config)})
 
     @classmethod
     def from_content(cls, content: RecordDict) -> "SiteOffer":
@@ -104,8 +112,13 @@ class TrainRequest:
 
     def to_content(self) -> RecordDict:
         """Return the Flower payload."""
-        config = ConfigRecord({"run": self.run, "round": self.round, "plan": self.plan.to_json()})
-        return RecordDict({ARRAYS: _arrays(self.weights), CONFIG: config})
+        config: _Config = {
+            "run": self.run,
+            "round": self.round,
+            "plan": self.plan.to_json(),
+            WEIGHTS: _bytes(self.weights),
+        }
+        return _question(config)
 
     @classmethod
     def from_content(cls, content: RecordDict) -> "TrainRequest":
@@ -114,7 +127,7 @@ class TrainRequest:
         plan, number = _plan(config), _field(config, "round", int)
         if not 1 <= number <= plan.rounds:
             raise ProtocolError(f"Round {number} is outside the plan's {plan.rounds} rounds.")
-        return cls(_text(config, "run"), number, plan, _weights(content))
+        return cls(_text(config, "run"), number, plan, _weights(config))
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,19 +140,20 @@ class TrainReply:
 
     def to_content(self) -> RecordDict:
         """Return the Flower payload."""
-        config = ConfigRecord({"round": self.round, "plan-digest": self.plan_digest})
-        return RecordDict({ARRAYS: _arrays(self.weights), CONFIG: config})
+        config: _Config = {"round": self.round, "plan-digest": self.plan_digest, WEIGHTS: _bytes(self.weights)}
+        return RecordDict({CONFIG: ConfigRecord(config)})
 
     @classmethod
     def from_content(cls, content: RecordDict) -> "TrainReply":
         """Parse the payload. Raises ProtocolError."""
         config = _config(content)
-        return cls(_field(config, "round", int), _text(config, "plan-digest"), _weights(content))
+        return cls(_field(config, "round", int), _text(config, "plan-digest"), _weights(config))
 
 
 def weighted_reply(weights: Vector, declared_patients: int = 1) -> Message:
     """Return the message that Flower's strategies aggregate: the server, not the site, sets the weight."""
-    content = RecordDict({ARRAYS: _arrays(weights), METRICS: MetricRecord({WEIGHT_KEY: declared_patients})})
+    arrays = ArrayRecord({WEIGHTS: Array(weights)})
+    content = RecordDict({ARRAYS: arrays, METRICS: MetricRecord({WEIGHT_KEY: declared_patients})})
     nowhere = Metadata(  # it is never sent
         run_id=0,
         message_id="",
@@ -177,8 +191,12 @@ def is_undelivered(reply: Message) -> bool:
     return reply.has_error() and reply.error.code in _UNDELIVERED
 
 
-def _arrays(weights: Vector) -> ArrayRecord:
-    return ArrayRecord({WEIGHTS: Array(weights)})
+def _question(config: _Config) -> RecordDict:
+    return RecordDict({CONFIG: ConfigRecord({**config, "nonce": secrets.token_bytes(_NONCE_BYTES)})})
+
+
+def _bytes(weights: Vector) -> bytes:
+    return weights.astype("<f4").tobytes()
 
 
 def _config(content: RecordDict) -> ConfigRecord:
@@ -209,21 +227,8 @@ def _plan(config: ConfigRecord) -> RunPlan:
     return RunPlan.from_json(text)
 
 
-def _weights(content: RecordDict) -> Vector:
-    record = content.get(ARRAYS)
-    if not isinstance(record, ArrayRecord) or list(record) != [WEIGHTS]:
-        raise ProtocolError("The message holds no weights.")
-    return _vector(record[WEIGHTS].data)
-
-
-def _vector(data: bytes) -> Vector:
-    """Return the float32 vector in NumPy's file format, read by hand.
-
-    NumPy's own reader would take archives and other types, and reserve what a header claims.
-    """
-    head, size = _HEADER.match(data[:_MOST_HEADER_BYTES]), len(data)
-    if head is None or head.end() != 10 + int.from_bytes(data[8:10], "little"):
-        raise ProtocolError("The message's weights are not one float32 vector.")
-    if int(head["count"]) * 4 != size - head.end():
+def _weights(config: ConfigRecord) -> Vector:
+    content = _field(config, WEIGHTS, bytes)
+    if len(content) % 4:
         raise ProtocolError("The message's weights are cut off.")
-    return np.frombuffer(data, dtype="<f4", offset=head.end()).astype(np.float32)
+    return np.frombuffer(content, dtype="<f4").astype(np.float32)

@@ -17,27 +17,43 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
-from flwr.app.message import remove_content_from_message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, Metadata, RecordDict
+from flwr.app.message import make_message, remove_content_from_message
 from flwr.cli.supernode.register import try_load_public_key
+from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor
 from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.common.serde import message_to_proto
+from flwr.proto.fab_pb2 import GetFabRequest
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+    UnregisterNodeFleetRequest,
+)
+from flwr.proto.fleet_pb2_grpc import FleetStub
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.node_pb2 import Node
+from flwr.proto.run_pb2 import GetRunRequest
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.federation import NoOpFederationManager
 
 from client.channel import Backoff, Endpoint, LinkFault
 from client.keys import make_key, read_authority, read_key
-from client.link import Link, LinkRefused, Stopped, UnacceptableMessage
+from client.link import _HEADERS, Link, LinkRefused, Stopped, UnacceptableMessage
 from shared.errors import ErrorCode
 from shared.messages import error_reply
 
@@ -69,8 +85,8 @@ def app(message, context):
         sys.exit(3)
     facts = {"round": 7, "run-config": len(context.run_config), "state": len(context.state)}
     facts |= {f"node-{key}": str(value) for key, value in context.node_config.items()}
-    rest = {key: value for key, value in message.content.items() if key != "config"}
-    return Message(RecordDict({"config": ConfigRecord(facts), **rest}), reply_to=message)
+    facts |= {"weights": config["weights"]} if "weights" in config else {}
+    return Message(RecordDict({"config": ConfigRecord(facts)}), reply_to=message)
 
 
 if __name__ == "__main__":
@@ -156,7 +172,7 @@ class Aggregator:
         return f"127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        command = [Path(sys.executable).with_name("flower-superlink"), "--isolation", "process"]
+        command = [sys.executable, "-m", "server.superlink", "--isolation", "process"]
         command += ["--enable-supernode-auth", "--database", self.folder / "state.db"]
         command += ["--disable-runtime-dependency-installation", "--port", self.runtime_port]
         for option, name in (("ca-certfile", "ca.crt"), ("certfile", "server.crt"), ("keyfile", "server.key")):
@@ -316,23 +332,19 @@ def ended(daemon: Daemon) -> Iterator[Daemon]:
             daemon.end(signal.SIGKILL)
 
 
-def content(do: str = "echo", weights: np.ndarray | None = None) -> RecordDict:
-    records = {"config": ConfigRecord({"do": do})}
-    if weights is not None:
-        records["arrays"] = ArrayRecord({"weights": Array(weights)})
-    return RecordDict(records)
+def content(do: str = "echo", weights: bytes | None = None) -> RecordDict:
+    return RecordDict({"config": ConfigRecord({"do": do} | ({"weights": weights} if weights else {}))})
 
 
-def noise(size: int) -> np.ndarray:
-    return np.frombuffer(np.random.default_rng(0).bytes(size), np.uint8)
+def noise(size: int) -> bytes:
+    return np.random.default_rng(0).bytes(size)
 
 
 def test_a_model_goes_there_and_back(aggregator, site):
     daemon, node = site
-    weights = np.random.default_rng(0).normal(size=425_000).astype(np.float32)
-    reply = aggregator.reply(aggregator.ask(node, content(weights=weights)))
-    np.testing.assert_array_equal(reply.content["arrays"]["weights"].numpy(), weights)
+    reply = aggregator.reply(aggregator.ask(node, content(weights=noise(1_700_000))))
     facts = reply.content["config"]
+    assert facts["weights"] == noise(1_700_000)
     authority = x509.load_pem_x509_certificate((aggregator.folder / "ca.crt").read_bytes())
     der = authority.public_bytes(serialization.Encoding.DER)
     assert facts["node-server-fingerprint"] == hashlib.sha256(der).hexdigest()[:16]
@@ -348,12 +360,14 @@ def test_a_model_goes_there_and_back(aggregator, site):
 
 def test_whatever_fails_leaves_as_a_code(aggregator, site):
     daemon, node = site
-    unfolding = np.zeros((8 * 5 * 2**20 - 128) // 4, np.float32)  # two pieces on the wire, eight when joined
+    # Two pieces on the wire, eight when joined; Flower would join a million.
+    eight = Array(np.zeros((8 * 5 * 2**20 - 128) // 4, np.float32))
+    unfolding = RecordDict({**content(), "arrays": ArrayRecord({"weights": eight})})
     asked = {
         "internal": [aggregator.ask(node, content(do)) for do in ("raise", "exit")],
         "bad-message": [
             aggregator.ask(node, content(weights=noise(14 * 2**20))),
-            aggregator.ask(node, content(weights=unfolding)),
+            aggregator.ask(node, unfolding),
         ],
     }
     for code, identifiers in asked.items():
@@ -458,10 +472,11 @@ def test_pulling_ends_at_the_limit(aggregator, daemon, monkeypatch):
             return answer
 
         link._calls["PullObject"] = counting
-        aggregator.ask(node, content(weights=noise(24 * 2**20)))
+        parts = {f"part-{number}": ConfigRecord({"noise": noise(3 * 2**20 + number)}) for number in range(5)}
+        aggregator.ask(node, RecordDict(parts))
         with pytest.raises(UnacceptableMessage):
             link.receive()
-    assert 6 * 2**20 < sum(pulled) < 12 * 2**20, "one piece of 5 MiB past the limit, not five"
+    assert 6 * 2**20 < sum(pulled) < 12 * 2**20, "one piece past the limit, not three"
 
 
 def test_the_link_holds_no_way_to_fetch_code(daemon):
@@ -560,3 +575,168 @@ def pump(source: socket.socket, sink: socket.socket) -> None:
         sink.shutdown(socket.SHUT_WR)
     except OSError:
         return
+
+
+class Hostile:
+    """An enrolled site that calls the Fleet API by hand."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.key = read_key(daemon.folder)
+        endpoint = Endpoint(daemon.aggregator.address, read_authority(daemon.folder), self.key)
+        signing = NodeAuthClientInterceptor(self.key, self.key.public_key())
+        self.fleet = FleetStub(grpc.intercept_channel(endpoint.channel(), signing))
+        self.run = daemon.aggregator.run
+        self.node = Node(node_id=self.activate(self.key.public_key()))
+
+    def call(self, name: str, request):
+        return getattr(self.fleet, name)(request, metadata=_HEADERS, timeout=10)
+
+    def refused(self, name: str, request) -> bool:
+        """Whether the SuperLink refuses a call as not permitted."""
+        try:
+            self.call(name, request)
+        except grpc.RpcError as error:
+            return error.code() is grpc.StatusCode.PERMISSION_DENIED
+        return False
+
+    def activate(self, public_key, interval: float = 10.0) -> int:
+        key = public_key_to_bytes(public_key)
+        return self.call("ActivateNode", ActivateNodeRequest(public_key=key, heartbeat_interval=interval)).node_id
+
+    def announcement(self, message: Message, name: str = "", size: int = 0) -> PushMessagesRequest:
+        message.metadata.__dict__["_message_id"] = name or message.object_id
+        tree = get_object_tree(message)
+        many = ObjectTree(children=[ObjectTree(object_id=f"{n:064x}") for n in range(size)])
+        return PushMessagesRequest(
+            node=self.node,
+            messages_list=[message_to_proto(remove_content_from_message(message))],
+            message_object_trees=[ObjectTree(object_id=message.metadata.message_id, children=[*tree.children, many])]
+            if size
+            else [ObjectTree(object_id=message.metadata.message_id, children=tree.children)],
+        )
+
+    def forged(self, **claims) -> Message:
+        """A message of which everything is the sender's word."""
+        said = {"message_id": "", "reply_to_message_id": "", "group_id": "", "message_type": "train", "ttl": 60.0}
+        said |= {"run_id": self.run, "src_node_id": self.node.node_id, "dst_node_id": SUPERLINK_NODE_ID}
+        return make_message(
+            metadata=Metadata(created_at=time.time(), **(said | claims)), content=content("forged", noise(100))
+        )
+
+
+@pytest.fixture
+def hostile(aggregator, tmp_path) -> Iterator[Hostile]:
+    with ended(Daemon(aggregator, tmp_path / "hostile")) as daemon:
+        aggregator.enrol(daemon.folder)
+        yield Hostile(daemon)
+
+
+@pytest.fixture
+def victim(aggregator, daemon) -> Iterator[tuple[Link, int]]:
+    node = aggregator.enrol(daemon.folder)
+    with link_of(daemon, Recorder()) as link:
+        yield link, node
+
+
+def test_a_site_cannot_come_online_as_another_or_for_hours(hostile, victim, daemon):
+    others = public_key_to_bytes(read_key(daemon.folder).public_key())
+    request = ActivateNodeRequest(public_key=others, heartbeat_interval=10.0)
+    assert hostile.refused("ActivateNode", request)
+    own = public_key_to_bytes(hostile.key.public_key())
+    assert hostile.refused("ActivateNode", ActivateNodeRequest(public_key=own, heartbeat_interval=1800.0))
+    beat = SendNodeHeartbeatRequest(node=hostile.node, heartbeat_interval=1800.0)
+    assert hostile.refused("SendNodeHeartbeat", beat)
+    assert not hostile.refused(
+        "SendNodeHeartbeat", SendNodeHeartbeatRequest(node=hostile.node, heartbeat_interval=10.0)
+    )
+
+
+def test_a_site_cannot_question_another_as_if_it_were_the_server(aggregator, hostile, victim):
+    link, node = victim
+    for source in (SUPERLINK_NODE_ID, hostile.node.node_id):
+        message = hostile.forged(src_node_id=source, dst_node_id=node)
+        assert hostile.refused("PushMessages", hostile.announcement(message))
+    assert link.receive() is None
+
+
+def test_a_site_cannot_answer_for_another(aggregator, hostile, victim):
+    link, node = victim
+    asked = aggregator.ask(node, content())
+    question = link.receive()
+    message = hostile.forged(src_node_id=node, reply_to_message_id=asked)
+    assert hostile.refused("PushMessages", hostile.announcement(message))
+    message = hostile.forged(reply_to_message_id=asked)
+    assert not list(hostile.call("PushMessages", hostile.announcement(message)).objects_to_push)
+    assert link.reply(Message(content("true"), reply_to=question))
+    assert aggregator.reply(asked).content["config"]["do"] == "true"
+
+
+def test_a_site_cannot_have_anothers_question_deleted(aggregator, hostile, victim):
+    link, node = victim
+    asked = aggregator.ask(node, content())
+    for _ in range(2):  # no error either: an honest site's question may be gone
+        request = ConfirmMessageReceivedRequest(node=hostile.node, run_id=hostile.run, message_object_id=asked)
+        hostile.call("ConfirmMessageReceived", request)
+    assert link.receive().metadata.message_id == asked
+
+
+def test_a_site_cannot_take_over_the_push_of_what_all_wait_for(aggregator, hostile):
+    asked = aggregator.ask(hostile.node.node_id, content(weights=noise(1000)))
+    message = hostile.forged(reply_to_message_id=asked)
+    assert hostile.refused("PushMessages", hostile.announcement(message, name=asked))
+    (pulled,) = hostile.call("PullMessages", PullMessagesRequest(node=hostile.node)).messages_list
+    assert pulled.metadata.message_id == asked
+
+
+def test_a_site_cannot_announce_more_than_a_reply_has(aggregator, hostile):
+    asked = aggregator.ask(hostile.node.node_id, content())
+    for size in (8, 2000):
+        message = hostile.forged(reply_to_message_id=asked)
+        assert hostile.refused("PushMessages", hostile.announcement(message, size=size))
+    two = hostile.announcement(hostile.forged(reply_to_message_id=asked))
+    two.messages_list.append(two.messages_list[0])
+    assert hostile.refused("PushMessages", two)
+    message = hostile.forged(reply_to_message_id=asked)
+    assert list(hostile.call("PushMessages", hostile.announcement(message)).objects_to_push), "an honest one is taken"
+
+
+def test_calls_that_no_daemon_makes_are_refused(hostile):
+    assert hostile.refused("GetRun", GetRunRequest(node=hostile.node, run_id=hostile.run))
+    assert hostile.refused("GetFab", GetFabRequest(node=hostile.node, hash_str="0" * 64, run_id=hostile.run))
+    assert hostile.refused("UnregisterNode", UnregisterNodeFleetRequest(node_id=hostile.node.node_id))
+
+
+def test_nothing_of_an_ended_run_stays(tmp_path):
+    forgetting = """
+import sys
+from flwr.server.superlink.linkstate import LinkStateFactory
+from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.superlink.federation import NoOpFederationManager
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import SUPERLINK_NODE_ID, SubStatus
+from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.task_identity import TaskIdentity
+from server.superlink import forget_ended_runs
+
+forget_ended_runs()
+state = LinkStateFactory(sys.argv[1], NoOpFederationManager(), ObjectStoreFactory(sys.argv[1])).state()
+run = state.create_run("a/b", "1.0", "0" * 64, {}, NOOP_FEDERATION_ID, None, None, TaskType.SERVER_APP)
+TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run, SUPERLINK_NODE_ID, 1
+(task,) = state.get_tasks(run_ids=[run])
+assert state.claim_task(task.task_id) and state.activate_task(task.task_id)
+node = state.create_node("<id:none>", "none", b"key", 0, name="h1")
+assert state.activate_node(node, 10.0)
+message = Message(RecordDict({"config": ConfigRecord({"x": 1})}), node, "train")
+message.metadata.__dict__["_message_id"] = message.object_id
+bare, tree = remove_content_from_message(message), get_object_tree(message)
+assert state.store_message_and_object_tree(bare, tree, state.start_session(run))[0]
+before = len(state.object_store)
+assert state.finish_task(task.task_id, SubStatus.COMPLETED, "")
+print(before, len(state.object_store))
+"""
+    command = [sys.executable, "-c", forgetting, str(tmp_path / "state.db")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == ["3", "0"]

@@ -94,7 +94,7 @@ def refused(site: Site, kind: str, content: RecordDict, *codes: ErrorCode) -> No
 def _raw_plan(**changes: Any) -> RecordDict:
     text = json.dumps({**asdict(PLAN), **changes})
     content = train()
-    content["config"] = ConfigRecord({"run": "run", "round": 1, "plan": text})
+    content["config"]["plan"] = text
     return content
 
 
@@ -149,7 +149,7 @@ def test_a_replay_with_other_weights_and_of_an_older_round(site: Site) -> None:
     first = send(site, "train", train(1))
     refused(site, "train", train(1, weights=WEIGHTS + np.float32(0.5)), ErrorCode.REPLAY_MISMATCH)
     again = send(site, "train", train(1))
-    assert again.content["arrays"] == first.content["arrays"]
+    assert again.content["config"]["weights"] == first.content["config"]["weights"]
     assert lines(site)[-1]["event"] == "replayed"
     send(site, "train", train(2))
     refused(site, "train", train(1), ErrorCode.REPLAY_MISMATCH)
@@ -183,9 +183,18 @@ def test_a_query_for_anything_else(site: Site, config: dict[str, Any]) -> None:
 PICKLE = b"cos\nsystem\n(S'id'\ntR."
 
 
-def _loose(**arrays: Array) -> RecordDict:
+def _loose(weights: bytes | str | list[float] | None) -> RecordDict:
     content = train()
-    content["arrays"] = ArrayRecord(dict(arrays))
+    del content["config"]["weights"]
+    if weights is not None:
+        content["config"]["weights"] = weights
+    return content
+
+
+def _arrays() -> RecordDict:
+    """Weights as Flower would send them, and as no site takes them."""
+    content = _loose(None)
+    content["arrays"] = ArrayRecord({"weights": Array(WEIGHTS)})
     return content
 
 
@@ -199,11 +208,13 @@ def _loose(**arrays: Array) -> RecordDict:
         (lambda: train(weights=WEIGHTS[:-1]), ErrorCode.BAD_MESSAGE),
         (lambda: train(weights=np.zeros(0, np.float32)), ErrorCode.BAD_MESSAGE),
         (lambda: train(weights=np.zeros(70 * 2**20, np.float32)), ErrorCode.POLICY_REFUSED),
-        (lambda: _loose(weights=Array(WEIGHTS.astype(np.float64))), ErrorCode.BAD_MESSAGE),
-        (lambda: _loose(weights=Array(WEIGHTS[None])), ErrorCode.BAD_MESSAGE),
-        (lambda: _loose(weights=Array(WEIGHTS), more=Array(WEIGHTS)), ErrorCode.BAD_MESSAGE),
-        (lambda: _loose(other=Array(WEIGHTS)), ErrorCode.BAD_MESSAGE),
-        (lambda: _loose(weights=Array("float32", WEIGHTS.shape, "numpy.ndarray", PICKLE)), ErrorCode.BAD_MESSAGE),
+        (lambda: _loose(WEIGHTS.tobytes()[:-1]), ErrorCode.BAD_MESSAGE),
+        (lambda: _loose(WEIGHTS.astype(np.float64).tobytes()), ErrorCode.BAD_MESSAGE),
+        (lambda: _loose("0.0"), ErrorCode.BAD_MESSAGE),
+        (lambda: _loose([0.0]), ErrorCode.BAD_MESSAGE),
+        (lambda: _loose(PICKLE), ErrorCode.BAD_MESSAGE),
+        (lambda: _loose(None), ErrorCode.BAD_MESSAGE),
+        (_arrays, ErrorCode.BAD_MESSAGE),
     ],
 )
 def test_bad_weights(
@@ -228,7 +239,7 @@ def test_outside_its_hours_a_site_begins_nothing_new_but_repeats_what_it_gave(si
     # Days that are far from today in every time zone: no clock is faked.
     policy(site.folder, days=(days[(weekday + 3) % 7],))
     refused(site, "train", train(2), ErrorCode.OUTSIDE_HOURS)
-    assert send(site, "train", train(1)).content["arrays"] == first.content["arrays"]
+    assert send(site, "train", train(1)).content["config"]["weights"] == first.content["config"]["weights"]
     assert not send(site, "query", PlanQuery("run", PLAN).to_content()).has_error()
 
 

@@ -17,7 +17,7 @@ from simulations.grid import LocalGrid
 
 LOST_MESSAGE, LOST_REPLY, NODE_GONE = 3, 4, 5
 QUICK = Timing(grace_s=0.05, look_s=0.01, again_s=0.02, silent_s=math.inf)
-QUESTION = Question(RecordDict(), "train", "1", 5.0)
+QUESTION = Question(RecordDict, "train", "1", 5.0)
 Answer = Callable[[Message], Message | None]
 
 
@@ -181,12 +181,6 @@ def test_a_late_answer_is_ignored_and_said_to_be_late() -> None:
     grid.pulled.clear()
     ask(grid, question=replace(QUESTION, deadline_s=0.2))
     assert not {name for names in grid.pulled for name in names} & set(late)
-
-
-def test_replies_are_pulled_a_few_at_a_time() -> None:
-    grid = Nodes({node: [answers] for node in range(1, 101)})
-    assert len(ask(grid).replies) == 100
-    assert max(len(names) for names in grid.pulled) == 16
 
 
 def test_presence_counts_from_the_start_for_expected_nodes_and_forever_for_unknown_ones() -> None:

@@ -2,7 +2,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ from shared.messages import (
     is_undelivered,
     weighted_reply,
 )
+from shared.objects import content_from, object_names
 from shared.plan import RunPlan
 
 PLAN = RunPlan(
@@ -69,21 +71,45 @@ def test_what_flower_could_not_deliver_is_told_from_what_a_site_refused() -> Non
     assert not is_undelivered(question)
 
 
-@pytest.mark.parametrize(
-    "array",
-    [
-        Array(WEIGHTS.astype(np.float64)),
-        Array(WEIGHTS.reshape(1, 5)),
-        Array(dtype="float32", shape=(5,), stype="numpy.ndarray", data=b"rubbish"),
-        Array(dtype="float32", shape=(5,), stype="numpy.ndarray", data=b""),
-        Array(dtype="float32", shape=(5,), stype="other", data=b""),
-    ],
-)
-def test_weights_that_are_no_float32_vector_are_refused(array: Array) -> None:
+@pytest.mark.parametrize("weights", [WEIGHTS.tobytes()[:-1], "text", 7, [1.0], None])
+def test_weights_that_are_no_float32_vector_are_refused(weights: object) -> None:
     content = TrainReply(1, PLAN.digest, WEIGHTS).to_content()
-    content["arrays"] = ArrayRecord({"weights": array})
+    del content["config"]["weights"]
+    if weights is not None:
+        content["config"]["weights"] = weights
     with pytest.raises(ProtocolError):
         TrainReply.from_content(content)
+
+
+def test_every_sending_of_a_question_has_names_that_nobody_can_foresee() -> None:
+    """A site that knew an object's name before the server sends it could register it at the SuperLink as another."""
+    for question in (PlanQuery("r", PLAN), TrainRequest("r", 1, PLAN, WEIGHTS)):
+        names = [set(get_all_nested_objects(question.to_content())) for _ in range(2)]
+        assert len(names[0]) == 2
+        assert not names[0] & names[1]
+    assert TrainRequest.from_content(question.to_content()).digest == question.digest
+
+
+def test_a_content_is_put_together_from_its_objects() -> None:
+    content = TrainReply(2, PLAN.digest, WEIGHTS).to_content()
+    objects = {name: item.deflate() for name, item in get_all_nested_objects(content).items()}
+    assert sorted(object_names(get_object_tree(content))) == sorted(objects)
+    assert content_from(content.object_id, objects) == content
+
+
+def test_objects_of_other_kinds_too_many_or_broken_are_refused() -> None:
+    many = RecordDict({f"r{number}": ConfigRecord({"n": number}) for number in range(8)})
+    with pytest.raises(ProtocolError):
+        object_names(get_object_tree(many))
+    arrays = RecordDict({"arrays": ArrayRecord({"weights": Array(WEIGHTS)})})
+    for content in (arrays, RecordDict({"m": MetricRecord({"x": 1})})):
+        objects = {name: item.deflate() for name, item in get_all_nested_objects(content).items()}
+        with pytest.raises(ProtocolError):
+            content_from(content.object_id, objects)
+    record = ConfigRecord({"x": 1})
+    for objects in ({}, {"a": b""}, {"a": b"RecordDict x 3\x00abc"}, {record.object_id: record.deflate()}):
+        with pytest.raises(ProtocolError):
+            content_from(next(iter(objects), "a"), objects)
 
 
 values = st.none() | st.text(max_size=5) | st.integers(-(2**63), 2**63 - 1) | st.booleans() | st.floats()
