@@ -37,6 +37,7 @@ from shared.tasks.registry import find_task
 from shared.weights import Vector
 from simulations.benchmark import document
 from simulations.grid import LocalGrid
+from simulations.scripts import run_script
 from simulations.sites import Federation, prepare_federation, write_policies
 from simulations.sources import find_source
 
@@ -209,4 +210,4 @@ def main() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    main()
+    run_script(main)

@@ -23,6 +23,7 @@ from client.monitor.watch import Watch
 from client.trained import load_trained
 from shared.tasks.cgm import STEP_MIN
 from shared.tasks.glucose_forecast import HISTORY
+from simulations.scripts import run_script
 
 _PATIENTS: Final = 1000
 _READINGS: Final = 200
@@ -66,4 +67,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    run_script(main)
