@@ -2,6 +2,7 @@
 
 import time
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,23 @@ _POLL_S = 0.5
 _SHOWN_ROUNDS = 15
 _UNREADABLE_FOR_S = 60.0
 UNREADABLE = "unreadable"
-_OVERVIEW = (
-    "run",
-    "task",
-    "status",
-    "failure",
-    "rounds_completed",
-    "rounds",
-    "epsilon",
-    "delta",
-    "metric",
-    "value",
-    "plan_digest",
-)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overview:
+    """A run's state, as ``status --json`` shows it; of a run that cannot be read only name, status and failure."""
+
+    run: str
+    task: str | None = None
+    status: str
+    failure: str | None = None
+    rounds_completed: int | None = None
+    rounds: int | None = None
+    epsilon: float | None = None
+    delta: float | None = None
+    metric: str | None = None
+    value: float | None = None
+    plan_digest: str | None = None
 
 
 def connected_sites(config: ServerConfig) -> frozenset[str] | None:
@@ -86,25 +91,23 @@ def overview(folder: RunFolder) -> dict[str, Any]:
         record = folder.record()
         metric = find_task(record.plan.task).metric
     except FederationError as error:
-        return {**dict.fromkeys(_OVERVIEW), "run": folder.name, "status": UNREADABLE, "failure": str(error)}
+        return asdict(Overview(run=folder.name, status=UNREADABLE, failure=str(error)))
     rounds = record.rounds_completed
     evaluations = [row.evaluation for row in record.rounds if row.evaluation and row.aggregated]
-    values: dict[str, Any] = finite(
-        {
-            "run": record.run,
-            "task": record.plan.task,
-            "status": record.status,
-            "failure": explanation(record) if record.status == FAILED else None,
-            "rounds_completed": rounds,
-            "rounds": record.plan.rounds,
-            "epsilon": record.plan.epsilon(rounds),
-            "delta": record.plan.delta,
-            "metric": metric,
-            "value": evaluations[-1].value(metric) if evaluations else None,
-            "plan_digest": record.plan.digest,
-        }
+    state = Overview(
+        run=record.run,
+        task=record.plan.task,
+        status=record.status,
+        failure=explanation(record) if record.status == FAILED else None,
+        rounds_completed=rounds,
+        rounds=record.plan.rounds,
+        epsilon=record.plan.epsilon(rounds),
+        delta=record.plan.delta,
+        metric=metric,
+        value=evaluations[-1].value(metric) if evaluations else None,
+        plan_digest=record.plan.digest,
     )
-    return values
+    return {name: finite(value) for name, value in asdict(state).items()}
 
 
 def runs_table(rows: list[dict[str, Any]]) -> Table:

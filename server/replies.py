@@ -17,11 +17,20 @@ _ADAM_STEP = 7.3
 
 
 class Dropped(StrEnum):
-    """Why the server drops a reply that is well-formed; these words stay in its registry."""
+    """Why the server itself drops a reply, beside the error codes that sites send; these words stay in its registry."""
 
+    MALFORMED = "malformed"
+    FOREIGN_PLAN = "foreign-plan"
     STALE_ROUND = "stale-round"
+    WRONG_SIZE = "wrong-size"
     NOT_FINITE = "not-finite"
     UPDATE_TOO_LARGE = "update-too-large"
+    UPDATE_OVER_CAP = "update-over-cap"
+
+
+FAULTY = frozenset(Dropped) - {Dropped.UPDATE_OVER_CAP}
+"""What no honest site's reply is, short of a run without privacy that diverges. To pass the operator's cap alone is
+none of it: under the noise that the plan asks for an honest update may well pass a cap below the plan's own bound."""
 
 
 def check_offer(message: Message, plan: RunPlan) -> SiteOffer | ErrorCode:
@@ -35,34 +44,42 @@ def check_offer(message: Message, plan: RunPlan) -> SiteOffer | ErrorCode:
     return offer if offer.plan_digest == plan.digest else ErrorCode.PLAN_CHANGED
 
 
-def check_reply(message: Message, request: TrainRequest, largest_update: float) -> Vector | ErrorCode | Dropped:
-    """Return a reply's weights ``(D,)``, or why it is dropped.
+def check_reply(
+    message: Message, request: TrainRequest, declared_patients: int, cap: float | None = None
+) -> Vector | ErrorCode | Dropped:
+    """Return a reply's weights ``(D,)``, the site's own error code, or why the server drops the reply.
 
     Args:
         message: As received.
         request: What was asked.
-        largest_update: Bound on the L2 norm of the reply's weights minus the request's.
+        declared_patients: The site's.
+        cap: The operator's bound on the L2 norm of the reply's weights minus the request's; ``None`` takes what the
+            plan implies.
     """
     if message.has_error():
         return error_code(message)
     try:
         reply = TrainReply.from_content(message.content)
-    except FederationError as error:
-        return error.code
-    if (reply.plan_digest, reply.weights.shape) != (request.plan.digest, request.weights.shape):
-        same_plan = reply.plan_digest == request.plan.digest
-        return ErrorCode.BAD_MESSAGE if same_plan else ErrorCode.PLAN_CHANGED
-    return _fault(reply, request, largest_update) or reply.weights
+    except FederationError:
+        return Dropped.MALFORMED
+    return _fault(reply, request, declared_patients, cap) or reply.weights
 
 
-def _fault(reply: TrainReply, request: TrainRequest, largest_update: float) -> Dropped | None:
+def _fault(reply: TrainReply, request: TrainRequest, declared_patients: int, cap: float | None) -> Dropped | None:
+    if reply.plan_digest != request.plan.digest:
+        return Dropped.FOREIGN_PLAN
     if reply.round != request.round:
         return Dropped.STALE_ROUND
+    if reply.weights.shape != request.weights.shape:
+        return Dropped.WRONG_SIZE
     if not np.isfinite(reply.weights).all():
         return Dropped.NOT_FINITE
     update = np.linalg.norm(reply.weights.astype(np.float64) - request.weights)
-    too_large = update > largest_update or np.abs(reply.weights).max(initial=0.0) >= LARGEST_WEIGHT
-    return Dropped.UPDATE_TOO_LARGE if too_large else None
+    implied = largest_update(request.plan, len(request.weights), declared_patients)
+    monstrous = np.abs(reply.weights).max(initial=0.0) >= LARGEST_WEIGHT
+    if not monstrous and update <= (implied if cap is None else cap):
+        return None
+    return Dropped.UPDATE_TOO_LARGE if monstrous or update > implied else Dropped.UPDATE_OVER_CAP
 
 
 def largest_update(plan: RunPlan, size: int, declared_patients: int) -> float:

@@ -34,7 +34,7 @@ from server.registry import (
     Registry,
     RoundRow,
 )
-from server.replies import Dropped, check_reply, largest_update
+from server.replies import FAULTY, check_reply
 from server.strategies import Replies, collect, make_strategy, moments, restore_moments
 from shared.errors import ErrorCode, FederationError, PlanError, ProtocolError, StorageError
 from shared.messages import TrainRequest
@@ -47,8 +47,6 @@ from shared.weights import pack, unpack
 _LOG = logging.getLogger(__name__)
 _MAY_RECOVER = frozenset({OK, LATE, VANISHED, ErrorCode.STORAGE_FAILED, ErrorCode.INTERNAL})
 """Outcomes after which it makes sense to ask the same site for the same round again."""
-_FAULTY = frozenset(Dropped)
-"""Outcomes that only a faulty site can have."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +229,7 @@ def _count(outcomes: Mapping[str, str], among: Collection[str]) -> int:
 
 
 def _quorum(plan: RunPlan, outcomes: Mapping[str, str]) -> int:
-    return plan.quorum_beside(_count(outcomes, _FAULTY))
+    return plan.quorum_beside(_count(outcomes, FAULTY))
 
 
 def _closed(run: _Run, outcomes: Mapping[str, str]) -> bool:
@@ -250,10 +248,7 @@ def _ask(run: _Run, request: TrainRequest) -> tuple[Replies, dict[str, str]]:
     replies = collect(plan, request.weights, sum(patients.values()), run.job.max_share)
 
     def take(node: int, message: Message) -> None:
-        cap = run.job.max_update_norm
-        if cap is None:
-            cap = largest_update(plan, len(request.weights), patients[node])
-        weights = check_reply(message, request, cap)
+        weights = check_reply(message, request, patients[node], run.job.max_update_norm)
         site = sites[node].site
         if isinstance(weights, str):
             outcomes[site] = str(weights)

@@ -150,7 +150,8 @@ class RunPlan:
 
         Of the f sites that the strategy withstands those are not among the rest any more. Without this, one hostile
         site of the fewest that Krum needs could end a run by sending what is sure to be dropped. More than f faulty
-        ones break the assumption, and nothing is made easier.
+        ones break the assumption, and nothing is made easier. It is for the caller to count no reply that an honest
+        site could have sent: each one counted lets one honest reply fewer outvote a hostile one that is still there.
         """
         hidden = self.byzantine_sites - (faulty if faulty <= self.byzantine_sites else 0)
         if self.strategy in _MAJORITY:

@@ -11,8 +11,9 @@ import typer
 from rich.console import Console
 
 from client.cli import synthesise
-from shared.errors import FederationError, StorageError
+from shared.errors import StorageError
 from simulations import service_cli
+from simulations.scripts import run_script
 
 _CONSOLE = Console()
 _EXAMPLES = """
@@ -283,15 +284,4 @@ def _show(summary: dict[str, Any], out: Path) -> None:
 
 def main() -> None:
     """Run the command; errors become one sentence and exit code 1."""
-    try:
-        app()
-    except FederationError as error:
-        Console(stderr=True).print(f"fedward-sim: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
-        sys.exit(1)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        where = f" ({error.filename})" if error.filename else ""
-        Console(stderr=True).print(
-            f"fedward-sim: {reason}{where}. Check the path, its permissions and the disk.", style="red", soft_wrap=True
-        )
-        sys.exit(1)
+    run_script(app, "fedward-sim")

@@ -23,6 +23,7 @@ from shared.tasks.cgm import STEP_MIN
 from shared.tasks.cgm_windows import HORIZON, JUDGED, Rows, segment_edges, split_in_time, window_starts
 from shared.tasks.glucose_forecast import HISTORY, usable_windows
 from simulations.forecast_baselines import LAGS, autoregression, training_windows
+from simulations.scripts import run_script
 
 _AHEAD: Final = 30 // STEP_MIN - 1
 _MOST_WINDOWS: Final = 120_000
@@ -138,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

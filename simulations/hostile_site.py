@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
+from typing import Final
 
 import numpy as np
 import torch
@@ -36,7 +37,8 @@ from shared.tasks.registry import find_task
 from shared.weights import Vector
 from simulations.benchmark import document
 from simulations.grid import LocalGrid
-from simulations.sites import prepare_federation, write_policies
+from simulations.scripts import run_script
+from simulations.sites import Federation, prepare_federation, write_policies
 from simulations.sources import find_source
 
 TASK, RUN = "nodule-classification", "hostile-site"
@@ -48,6 +50,8 @@ ATTACKS: Mapping[str, Attack] = {
 }
 """From the site's honest weights ``(D,)`` to what it sends instead."""
 STRATEGIES = (FEDAVG, MEDIAN, TRIMMED_MEAN, KRUM, MULTI_KRUM)
+_HOSTILE: Final = -1
+"""Which of the hospitals, in the order in which they were given: the last."""
 _MARKS = ("<!-- hostile-site -->", "<!-- end of hostile-site -->")
 
 
@@ -56,7 +60,7 @@ class HostileGrid(LocalGrid):
 
     def __init__(self, folders: Sequence[Path], seed: int, attack: Attack | None) -> None:
         super().__init__(folders, seed)
-        self._attack, self._hostile = attack, max(self._folders)
+        self._attack, self._hostile = attack, list(self._folders)[_HOSTILE]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies that are ready, the hostile site's among them."""
@@ -116,13 +120,14 @@ class Study:
         """
         folder = self.out / f"seed-{seed}" / strategy / attack
         path = folder / "server" / "registry.sqlite"
-        if not path.exists() or Registry(path).read(RUN).status != COMPLETED:
+        federation = Federation.open(folder)
+        if federation is None or not path.exists() or Registry(path).read(RUN).status != COMPLETED:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
             (folder / "server").mkdir(parents=True)
-            self._carry_out(folder, strategy, ATTACKS.get(attack), seed)
-        return _outcome(Registry(path).read(RUN))
+            federation = self._carry_out(folder, strategy, ATTACKS.get(attack), seed)
+        return _outcome(Registry(path).read(RUN), federation.names[_HOSTILE])
 
-    def _carry_out(self, folder: Path, strategy: str, attack: Attack | None, seed: int) -> None:
+    def _carry_out(self, folder: Path, strategy: str, attack: Attack | None, seed: int) -> Federation:
         federation = prepare_federation(
             folder,
             self.stores,
@@ -137,12 +142,12 @@ class Study:
         write_policies(federation, task=TASK, max_epsilon=self.epsilon)
         job = Job(RUN, plan, folder / "server", RecordStore.open(federation.heldout))
         run_federation(HostileGrid(federation.sites, seed, attack), job)
+        return federation
 
 
-def _outcome(record: RunRecord) -> Outcome:
+def _outcome(record: RunRecord, hostile: str) -> Outcome:
     rounds = [row for row in record.rounds if row.round and row.aggregated]
     last = rounds[-1].evaluation
-    hostile = max(site.site for site in record.sites)
     dropped = sum(row.replies.get(hostile) != OK for row in rounds)
     return Outcome(last.value(find_task(TASK).metric) if last else float("nan"), dropped, len(rounds))
 
@@ -205,4 +210,4 @@ def main() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    main()
+    run_script(main)

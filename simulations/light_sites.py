@@ -4,10 +4,9 @@
 holds a ``site.key`` and a ``ca.crt``. The number of sites, not their work, is what the aggregator is tried with.
 """
 
+import argparse
 import logging
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from threading import Event, Thread
 
@@ -19,6 +18,7 @@ from client.keys import read_authority, read_key
 from client.link import Link, LinkRefused, UnacceptableMessage
 from client.status import Status
 from shared.messages import PlanQuery, SiteOffer, TrainReply, TrainRequest
+from simulations.scripts import run_script
 
 DECLARED_PATIENTS = 200
 
@@ -33,13 +33,13 @@ def answer(name: str, message: Message) -> Message:
     return Message(reply.to_content(), reply_to=message)
 
 
-def serve_site(server: str, folder: Path) -> None:
+def serve_site(endpoint: Endpoint, name: str) -> None:
     """Answer messages until the process ends, through refusals while the key is not yet registered."""
-    endpoint, stop = Endpoint(server, read_authority(folder), read_key(folder)), Event()
+    stop = Event()
     while True:
         try:
-            with Link(endpoint, stop, Status(folder.name), Backoff(0.2, 5.0)) as link:
-                _serve(link, folder.name, stop)
+            with Link(endpoint, stop, Status(name), Backoff(0.2, 5.0)) as link:
+                _serve(link, name, stop)
         except (LinkRefused, UnacceptableMessage):
             stop.wait(1.0)
 
@@ -57,10 +57,15 @@ def _serve(link: Link, name: str, stop: Event) -> None:
         last = time.monotonic()
 
 
-def main(server: str, folders: Sequence[Path]) -> None:
+def main() -> None:
     """Serve each folder on a thread of its own, for ever."""
+    parser = argparse.ArgumentParser(description="Speak for many sites that train nothing.")
+    parser.add_argument("server", help="HOST:PORT of the aggregator")
+    parser.add_argument("folders", type=Path, nargs="+", help="each with a site.key and a ca.crt")
+    chosen = parser.parse_args()
     logging.disable(logging.CRITICAL)
-    threads = [Thread(target=serve_site, args=(server, folder)) for folder in folders]
+    sites = [(Endpoint(chosen.server, read_authority(path), read_key(path)), path.name) for path in chosen.folders]
+    threads = [Thread(target=serve_site, args=site, daemon=True) for site in sites]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -68,4 +73,4 @@ def main(server: str, folders: Sequence[Path]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], [Path(argument) for argument in sys.argv[2:]])
+    run_script(main)

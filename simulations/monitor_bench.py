@@ -24,6 +24,7 @@ from client.trained import load_trained
 from shared.errors import FederationError
 from shared.tasks.cgm import STEP_MIN
 from shared.tasks.glucose_forecast import HISTORY
+from simulations.scripts import run_script
 
 _PATIENTS: Final = 1000
 _READINGS: Final = 200
@@ -70,4 +71,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    run_script(main)

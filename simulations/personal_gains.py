@@ -18,6 +18,7 @@ from client.monitor.personal import Gain, personalise
 from client.trained import load_trained
 from shared.errors import IntakeError
 from shared.records import RecordStore
+from simulations.scripts import run_script
 
 
 def gains_of(checkpoint: Path, export: Path, most: int) -> list[Gain]:
@@ -61,4 +62,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    run_script(main)

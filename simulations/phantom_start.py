@@ -13,6 +13,7 @@ References:
         discriminator's gradient at real images, here every fourth step.
 """
 
+import argparse
 import hashlib
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ from shared.models.gan import ConditionalGan
 from shared.synthesis import CLASSES
 from shared.tasks.ct_synthesis import SIDE_PX, build
 from simulations.generators.phantoms import draw_phantoms
+from simulations.scripts import run_script
 
 STEPS: Final = 4000
 _PHANTOMS: Final = 4000
@@ -47,11 +49,11 @@ def write_start(path: Path, steps: int = STEPS, seed: int = 0) -> str:
     Raises:
         StorageError: If ``path`` cannot be written.
     """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)  # before the training: it takes minutes
     model = train_on_phantoms(steps, seed)
     content = save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, content)
+    write_atomic(path, content)
     return hashlib.sha256(content).hexdigest()
 
 
@@ -114,6 +116,13 @@ def _made(model: ConditionalGan, generator: Generator) -> tuple[Tensor, Tensor]:
     return model.generator(torch.randn(_BATCH, model.generator.latent, generator=generator), labels), labels
 
 
+def main() -> None:
+    """Write a start and print its SHA-256."""
+    parser = argparse.ArgumentParser(description="Train a public start for ct-synthesis on images of no patient.")
+    parser.add_argument("out", type=Path, help="a *.safetensors to write")
+    sys.stdout.write(f"{write_start(parser.parse_args().out)}\n")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.stdout.write(f"{write_start(Path(sys.argv[1]))}\n")
+    run_script(main)

@@ -30,8 +30,8 @@ def overhead(
     from simulations.service_benchmark import as_json, as_markdown, machine, measure_overhead
 
     variants = measure_overhead(rounds, stock_rounds)
-    _CONSOLE.print(f"{machine()}\n\n{as_markdown(variants)}", highlight=False, markup=False, soft_wrap=True)
     _keep(json_file, as_json(variants))
+    _CONSOLE.print(f"{machine()}\n\n{as_markdown(variants)}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(epilog="Example:\n\n  fedward-sim bench-service scale --sites 100 --json scale.json")
@@ -44,12 +44,13 @@ def scale(
     from simulations.service_scale import as_json, as_markdown, measure_scale
 
     measured = measure_scale(sites, rounds)
-    _CONSOLE.print(as_markdown(measured, _EARLY, rounds), highlight=False, markup=False, soft_wrap=True)
     _keep(json_file, as_json(measured, _EARLY, rounds))
+    _CONSOLE.print(as_markdown(measured, _EARLY, rounds), highlight=False, markup=False, soft_wrap=True)
     if not measured.nothing_lost:
         raise FederationError(f"Replies were lost: {measured.replies} of {sites} in the rounds.")
 
 
 def _keep(path: Path | None, figures: object) -> None:
+    """Write a measurement's figures, before anything is made of them: it may have taken half an hour."""
     if path:
         write_atomic(path, json.dumps(figures, indent=1).encode())

@@ -4,8 +4,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +22,8 @@ from simulations.service_benchmark import machine, resident_mib, write_plan
 
 _RUN, _PROCESSES, _LOOK_S = "scale", 2, 0.2
 _PATIENCE_S = 600.0
+_SUPERLINK, _SUPEREXEC, _SERVERAPP = WATCHED = ("superlink", "superexec", "serverapp")
+"""The aggregator's processes."""
 Memory = dict[str, float]
 
 
@@ -33,7 +35,8 @@ class Scale:
         sites: How many there were.
         seconds: Of each round.
         replies: Usable replies of each round.
-        memory_mib: By round and process of the aggregator, the most resident memory while that round was open.
+        memory_mib: By round and process of the aggregator, the most resident memory while that round was open; a
+            round so short that no look fell into it is not there, nor is a process that no look found.
     """
 
     sites: int
@@ -47,10 +50,21 @@ class Scale:
         return all(count == self.sites for count in self.replies)
 
     def growth(self, early: int, late: int) -> dict[str, float]:
-        """Return by what factor each process, and all of them, grew between two rounds."""
-        before, after = self.memory_mib[early], self.memory_mib[late]
-        factors = {name: after[name] / before[name] for name in before}
+        """Return by what factor each process grew between two rounds, and all of them if all were seen in both."""
+        before, after = self.memory_mib.get(early, {}), self.memory_mib.get(late, {})
+        factors = {name: after[name] / before[name] for name in WATCHED if name in before and name in after}
+        if len(factors) < len(WATCHED):
+            return factors
         return {**factors, "all": sum(after.values()) / sum(before.values())}
+
+    def unseen(self, *rounds: int) -> list[str]:
+        """Return which processes were not seen in which of these rounds, as ``serverapp in round 5``."""
+        return [
+            f"{name} in round {number}"
+            for number in rounds
+            for name in WATCHED
+            if name not in self.memory_mib.get(number, {})
+        ]
 
 
 def measure_scale(sites: int, rounds: int) -> Scale:
@@ -79,13 +93,18 @@ def measure_scale(sites: int, rounds: int) -> Scale:
 
 def as_json(scale: Scale, early: int, late: int) -> dict[str, Any]:
     """Return the figures as plain JSON values."""
-    figures = {**asdict(scale), "nothing_lost": scale.nothing_lost, "growth": scale.growth(early, late)}
-    return {"machine": machine(), **figures}
+    return {
+        "machine": machine(),
+        **asdict(scale),
+        "nothing_lost": scale.nothing_lost,
+        "growth": scale.growth(early, late),
+        "unseen": scale.unseen(early, late),
+    }
 
 
 def as_markdown(scale: Scale, early: int, late: int) -> str:
-    """Return the table of ``docs/performance.md``."""
-    growth = scale.growth(early, late)
+    """Return the table of ``docs/performance.md``; a dash stands for what was not seen, and a line below says so."""
+    growth, unseen = scale.growth(early, late), scale.unseen(early, late)
     lines = [
         f"{machine()}; {scale.sites} sites, {len(scale.seconds)} rounds of {min(scale.seconds):.1f} to "
         f"{max(scale.seconds):.1f} s, {'nothing' if scale.nothing_lost else 'REPLIES'} lost",
@@ -93,9 +112,15 @@ def as_markdown(scale: Scale, early: int, late: int) -> str:
         f"| process | MiB in round {early} | MiB in round {late} | ratio |",
         "| --- | --- | --- | --- |",
     ]
-    for name, before in scale.memory_mib[early].items():
-        lines.append(f"| {name} | {before:.0f} | {scale.memory_mib[late][name]:.0f} | {growth[name]:.2f} |")
+    columns = ((scale.memory_mib.get(early, {}), 0), (scale.memory_mib.get(late, {}), 0), (growth, 2))
+    lines += [f"| {name} | {' | '.join(_or_dash(*column, name) for column in columns)} |" for name in WATCHED]
+    if unseen:
+        lines += ["", f"Not seen, and so without a ratio: {', '.join(unseen)}."]
     return "\n".join(lines)
+
+
+def _or_dash(figures: Mapping[str, float], digits: int, name: str) -> str:
+    return f"{figures[name]:.{digits}f}" if name in figures else "–"
 
 
 def _usable(row: RoundRow) -> int:
@@ -146,14 +171,13 @@ def _follow(whole: Deployment) -> dict[int, Memory]:
 def _memory(whole: Deployment) -> Memory:
     health = whole.health()
     pids = {
-        "superlink": health.get("superlink_pid"),
-        "superexec": health.get("superexec_pid"),
-        "serverapp": worker(whole.server / "runs" / _RUN),
+        _SUPERLINK: health.get("superlink_pid"),
+        _SUPEREXEC: health.get("superexec_pid"),
+        _SERVERAPP: worker(whole.server / "runs" / _RUN),
     }
     found: Memory = {}
     for name, pid in pids.items():
-        try:
-            found[name] = resident_mib(pid) if pid else 0.0
-        except (OSError, StopIteration):  # it has just ended
-            continue
+        if pid:
+            with suppress(OSError, StopIteration):  # it has just ended
+                found[name] = resident_mib(pid)
     return found

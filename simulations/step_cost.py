@@ -24,6 +24,7 @@ from shared.plan import RunPlan
 from shared.records import RecordStore
 from shared.tasks.base import Batch, PatientDataset, Task
 from shared.tasks.registry import find_task
+from simulations.scripts import run_script
 
 _REPEATS: Final = 20
 _WARM_UP: Final = 2
@@ -95,4 +96,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    run_script(main)

@@ -23,11 +23,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from shared.errors import FederationError, PlanError
+from shared.errors import PlanError
 from shared.files import write_atomic
 from shared.records import RecordStore, write_store
 from simulations.display import Display
 from simulations.run import Simulation, resume, start
+from simulations.scripts import run_script
 
 FIGURES: Final = (
     "tstr_auroc",
@@ -177,12 +178,8 @@ def main() -> None:
         init=chosen.init,
         plan=dict(chosen.set),
     )
-    try:
-        rows = carry_out(study, chosen.out, Display(Console(stderr=True)))
-    except FederationError as error:
-        sys.exit(f"synthesis_study: {error}")
-    sys.stdout.write(as_markdown(rows))
+    sys.stdout.write(as_markdown(carry_out(study, chosen.out, Display(Console(stderr=True)))))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

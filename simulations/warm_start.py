@@ -10,6 +10,7 @@ the cohort was still a simpler one, and the map, on top of these weights, by :fu
 all of it anew gives another start, by and large as good (docs/glucose.md); floating point differs between machines.
 """
 
+import argparse
 import hashlib
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from shared.tasks.cgm import COVARIATES, STEP_MIN, STORE_KIND
 from shared.tasks.registry import find_task
 from simulations.generators.glucose_days import ORDINARY, Behaviour, simulate_days
 from simulations.generators.glucose_model import TYPES
+from simulations.scripts import run_script
 
 STEPS: Final = 3000
 _DAY: Final = 1440 // STEP_MIN
@@ -199,8 +201,15 @@ def write_start(path: Path, task: str, steps: int = STEPS) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def main() -> None:
+    """Write a start for each task, where runs look for it, and print its SHA-256."""
+    parser = argparse.ArgumentParser(description="Train public starts on made-up records.")
+    parser.add_argument("tasks", nargs="+", choices=("glucose-forecast", "glucose-forecast-lstm"))
+    for name in parser.parse_args().tasks:
+        path = Path(__file__).with_name("starts") / f"{name}.safetensors"
+        sys.stdout.write(f"{name} {write_start(path, name)}\n")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    folder = Path(__file__).with_name("starts")
-    for name in sys.argv[1:]:
-        sys.stdout.write(f"{name} {write_start(folder / f'{name}.safetensors', name)}\n")
+    run_script(main)

@@ -27,12 +27,15 @@ import torch
 
 from client.intake.glucose_csv import read_export
 from client.intake.glucose_formats import CsvMapping
+from client.intake.glucose_text import FileRejected
 from client.monitor.alarm import DEFAULT_RULES, Alert, Rule
 from client.monitor.memory import Memory
 from client.monitor.stream import Lines
 from client.monitor.watch import Watch
 from client.trained import load_trained
+from shared.errors import IntakeError
 from shared.tasks.cgm import MAX_GAP_MIN
+from simulations.scripts import run_script
 
 CALM_MIN: Final = 15
 LEAST_MIN: Final = 15
@@ -135,8 +138,12 @@ def read_records(export: Path) -> dict[str, Record]:
     Raises:
         FederationError: If it cannot be read.
     """
+    try:
+        patients = read_export(export, CsvMapping()).patients
+    except FileRejected as rejected:
+        raise IntakeError(f"{export} cannot be used: {rejected.code}. Check the path and the file.") from None
     records: dict[str, Record] = {}
-    for identity, events in read_export(export, CsvMapping()).patients.items():
+    for identity, events in patients.items():
         pairs = zip(events.elapsed_s.tolist(), events.glucose.tolist(), strict=True)
         records[identity.patient_id if identity else "one"] = sorted(
             {t: g for t, g in pairs if math.isfinite(g)}.items()
@@ -160,21 +167,28 @@ def seconds_of(stamp: str) -> int:
     return round((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp())
 
 
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no list of numbers, such as 0.1,0.25") from error
+
+
 def main() -> None:
     """Print the table of the module's docstring."""
     parser = argparse.ArgumentParser(description="Hold a monitor's warnings against recordings.")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("exports", type=Path, nargs="+")
-    parser.add_argument("--quantiles", default="0.05,0.1,0.25,0.5")
-    parser.add_argument("--horizons", default="30")
+    parser.add_argument("--quantiles", type=_numbers, default="0.05,0.1,0.25,0.5")
+    parser.add_argument("--horizons", type=_numbers, default="30")
     parser.add_argument("--days", type=float, help="Only so many last days of each patient.")
     chosen = parser.parse_args()
     for export in chosen.exports:
         records = read_records(export)
         if chosen.days:
             records = {n: [row for row in r if row[0] > r[-1][0] - chosen.days * 86_400] for n, r in records.items()}
-        for horizon in map(int, chosen.horizons.split(",")):
-            for quantile in map(float, chosen.quantiles.split(",")):
+        for horizon in map(int, chosen.horizons):
+            for quantile in chosen.quantiles:
                 sides = (quantile, 1.0 - quantile)
                 rules = [
                     replace(rule, quantile=side, horizon_min=horizon)
@@ -189,4 +203,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    run_script(main)

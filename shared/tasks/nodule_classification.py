@@ -17,7 +17,7 @@ from shared.metrics import binary_metrics, bootstrap_auroc, classification_curve
 from shared.models.cnn import LungCTNet
 from shared.records import RecordStore
 from shared.tasks.base import Batch, Evaluation, Task
-from shared.tasks.ct_nodules import MARGIN_PX, PATCH_PX, STORE_KIND, VENDORS, StoredPatients
+from shared.tasks.ct_nodules import MARGIN_PX, PATCH_PX, STORE_KIND, VENDORS, StoredPatients, is_upright
 from shared.tasks.sampling import draw_records
 
 _BRIGHTNESS_SD = 0.05
@@ -34,22 +34,22 @@ class NodulePatients(StoredPatients):
         rows = draw_records(self.store.offsets, patients, records_per_patient, generator)
         stored = torch.from_numpy(np.asarray(self.store.arrays["image"][rows.ravel()], np.float32))
         labels = torch.from_numpy(np.asarray(self.store.arrays["malignant"][rows], np.int64))
-        images = augment(stored, generator)
+        images = augment(stored, generator, turned=not is_upright(self.store))
         return Batch({"image": images.view(*rows.shape, 1, PATCH_PX, PATCH_PX), "malignant": labels})
 
 
-def augment(stored: Tensor, generator: Generator) -> Tensor:
+def augment(stored: Tensor, generator: Generator, *, turned: bool) -> Tensor:
     """Return patches ``(N, 28, 28)`` cut from ``(N, 36, 36)``, each turned, shifted and re-windowed at random.
 
-    Quarter turns and a flip (the eight symmetries of the square), shifts of up to ``MARGIN_PX`` pixels, and a
-    small change of contrast and brightness. Every record is handled by itself, so nothing mixes patients.
+    Quarter turns and a flip (the eight symmetries of the square) if ``turned``, shifts of up to ``MARGIN_PX`` pixels,
+    and a small change of contrast and brightness. Every record is handled by itself, so nothing mixes patients.
     """
     count = len(stored)
     shifts = torch.randint(0, 2 * MARGIN_PX + 1, (count, 2), generator=generator)
     steps = torch.arange(PATCH_PX)
     rows, columns = shifts[:, :1] + steps, shifts[:, 1:] + steps
     patches = stored[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
-    for turn in (_transpose, _mirror_rows, _mirror_columns):
+    for turn in (_transpose, _mirror_rows, _mirror_columns) if turned else ():
         chosen = torch.rand(count, 1, 1, generator=generator) < 0.5
         patches = torch.where(chosen, turn(patches), patches)
     contrast = 1.0 + _CONTRAST_SD * torch.randn(count, 1, 1, generator=generator)

@@ -4,8 +4,9 @@ The archive has ``train_images`` and ``val_images`` uint8 (N, 28, 28) and ``trai
 normal, 1 pneumonia. It says of no two images that they are of one patient, so every image stands for a patient, and
 what a run promises is promised to an image.
 
-The store is one of patches, so that the task ``ct-synthesis`` reads it: ``malignant`` is pneumonia, the image is
-carried to 36×36 by repeating its border, and the store says that its images are upright, so that nobody turns them.
+The store is one of patches, so that ``ct-synthesis`` and ``nodule-classification`` read it: ``malignant`` is pneumonia,
+the image is carried to 36×36 by repeating its border, and the store says that its images are upright, so that neither
+task turns them.
 """
 
 from collections.abc import Mapping

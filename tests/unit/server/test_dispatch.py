@@ -75,3 +75,9 @@ def test_an_unreadable_run_is_shown_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="old was made by another version"):
         find_run(tmp_path, "old").record()
     assert running_runs(tmp_path) == ["old"]
+    submit(tmp_path, PLAN, "new", None)
+    readable = overview(find_run(tmp_path, "new"))
+    assert list(shown) == list(readable), "scripts find the same keys"
+    told = {"run", "status", "failure"}
+    assert {name for name, value in shown.items() if value is not None} == told
+    assert {name for name, value in readable.items() if value is None} == {"failure", "value"}

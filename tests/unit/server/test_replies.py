@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from flwr.app import Message
 
 from client.training import Randomness, train_round
-from server.replies import largest_update
+from server.replies import FAULTY, Dropped, check_reply, largest_update
+from shared.messages import TrainReply, TrainRequest
 from shared.plan import RunPlan
 from shared.records import RecordStore
 from shared.tasks.registry import find_task
@@ -70,3 +72,33 @@ def test_honest_training_keeps_below_and_a_thousandfold_does_not(
 
 def test_without_privacy_sgd_has_no_bound() -> None:
     assert largest_update(replace(PLAN, noise_multiplier=0.0), 100, 40) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("update", "cap", "said"),
+    [
+        (0.99, None, None),
+        (1.01, None, Dropped.UPDATE_TOO_LARGE),
+        (0.4, 0.5, None),
+        (0.6, 0.5, Dropped.UPDATE_OVER_CAP),
+        (0.99, 0.5, Dropped.UPDATE_OVER_CAP),
+        (1.01, 0.5, Dropped.UPDATE_TOO_LARGE),
+        (1.01, 2.0, None),  # the operator allows more than the plan implies
+        (2.01, 2.0, Dropped.UPDATE_TOO_LARGE),
+    ],
+)
+def test_only_what_passes_the_plans_own_bound_shows_a_faulty_site(
+    update: float, cap: float | None, said: Dropped | None
+) -> None:
+    """``update`` and ``cap`` in units of the bound that the plan implies."""
+    bound, start = largest_update(PLAN, 100, PATIENTS), np.zeros(100, np.float32)
+    request = TrainRequest("r", 1, PLAN, start)
+    weights = start + np.float32(update * bound / 10.0)
+    message = Message(request.to_content(), 1, "train")
+    reply = Message(TrainReply(1, PLAN.digest, weights).to_content(), reply_to=message)
+    found = check_reply(reply, request, PATIENTS, None if cap is None else cap * bound)
+    if said is None:
+        assert np.array_equal(found, weights)
+    else:
+        assert found == said
+        assert (said in FAULTY) == (said is Dropped.UPDATE_TOO_LARGE)

@@ -1,5 +1,6 @@
 """Archives of real images, dealt to hospitals: whose records they become, and what each pixel is."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +70,22 @@ def test_x_rays_become_one_upright_patient_each_and_the_validation_part_is_held_
     assert found == {(image.tobytes(), label) for image, label in zip(padded, (0, 1, 0, 1), strict=True)}
 
 
-def test_upright_images_are_not_turned(tmp_path: Path) -> None:
-    """A ramp from top to bottom stays one, wherever it is cut."""
+@pytest.mark.parametrize("task", ["ct-synthesis", "nodule-classification"])
+def test_upright_images_are_not_turned_and_others_are(tmp_path: Path, task: str) -> None:
+    """A ramp from top to bottom stays one, wherever it is cut and whatever its contrast."""
     ramp = np.broadcast_to(np.linspace(0, 255, 28).astype(np.uint8)[:, None], (9, 28, 28))
     (folder,) = deal_archive(write(tmp_path / "x.npz", **xrays(train_images=ramp)), tmp_path / "out", sites=1, seed=0)
-    patients = find_task("ct-synthesis").load(RecordStore.open(folder))
-    images = patients.draw(torch.arange(9), 4, torch.Generator().manual_seed(0))["image"]
+    store = RecordStore.open(folder)
+
+    def draw(store: RecordStore) -> torch.Tensor:
+        return find_task(task).load(store).draw(torch.arange(9), 8, torch.Generator().manual_seed(0))["image"]
+
+    images = draw(store)
     assert (images.diff(dim=-2) >= 0).all()
     assert (images.diff(dim=-1) == 0).all()
+    lying = draw(replace(store, attributes={}))
+    assert (lying.diff(dim=-2) < 0).any()
+    assert (lying.diff(dim=-1) != 0).any()
 
 
 @pytest.mark.parametrize(

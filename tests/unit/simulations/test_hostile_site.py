@@ -12,11 +12,19 @@ from simulations.hostile_site import CLEAN, Outcome, Study, as_markdown, measure
 
 
 @pytest.fixture
-def study(tmp_path: Path, make_nodule_store: Callable[..., RecordStore]) -> Study:
-    folders = [tmp_path / f"h{number}" for number in range(5)]
-    for number, folder in enumerate(folders):
-        make_nodule_store(folder, patients=15, seed=number)
-    return Study(tuple(folders), tmp_path / "out", rounds=2)
+def study_of(tmp_path: Path, make_nodule_store: Callable[..., RecordStore]) -> Callable[..., Study]:
+    def found(hospitals: int, rounds: int) -> Study:
+        folders = [tmp_path / f"h{number}" for number in range(hospitals)]
+        for number, folder in enumerate(folders):
+            make_nodule_store(folder, patients=15, seed=number)
+        return Study(tuple(folders), tmp_path / "out", rounds=rounds)
+
+    return found
+
+
+@pytest.fixture
+def study(study_of: Callable[..., Study]) -> Study:
+    return study_of(5, rounds=2)
 
 
 def test_only_the_hostile_sites_replies_are_touched_and_a_run_is_done_once(study: Study) -> None:
@@ -27,6 +35,10 @@ def test_only_the_hostile_sites_replies_are_touched_and_a_run_is_done_once(study
     assert study.run("multi-krum", "×1000", seed=1) == outcome
     assert registry.stat().st_ino == before
     assert study.run("multi-krum", CLEAN, seed=1).dropped == 0
+
+
+def test_of_ten_hospitals_the_tenth_is_hostile_and_looked_for(study_of: Callable[..., Study]) -> None:
+    assert study_of(10, rounds=1).run("fedavg", "×1000", seed=1).dropped == 1  # by name the last would be site-9
 
 
 def test_the_table_compares_with_the_same_strategys_clean_run(

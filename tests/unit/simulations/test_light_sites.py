@@ -1,0 +1,45 @@
+"""A site that trains nothing says what a site says."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from flwr.app import Message, RecordDict
+
+from server.replies import check_offer, check_reply
+from shared.errors import ProtocolError
+from shared.messages import PlanQuery, SiteOffer, TrainRequest
+from shared.plan import RunPlan
+from simulations.light_sites import DECLARED_PATIENTS, answer
+
+PLAN = RunPlan(
+    task="nodule-classification",
+    rounds=2,
+    local_steps=1,
+    sample_rate=0.5,
+    records_per_patient=1,
+    max_grad_norm=1.0,
+    noise_multiplier=1.0,
+    delta=1e-3,
+    learning_rate=0.1,
+)
+
+
+def test_it_accepts_any_plan_under_its_name() -> None:
+    for plan in (PLAN, replace(PLAN, noise_multiplier=0.0)):
+        reply = answer("site-001", Message(PlanQuery("r", plan).to_content(), 7, "query"))
+        assert check_offer(reply, plan) == SiteOffer("site-001", DECLARED_PATIENTS, plan.digest)
+
+
+def test_the_server_takes_the_weights_that_it_sent() -> None:
+    request = TrainRequest("r", 2, PLAN, np.arange(9, dtype=np.float32))
+    reply = answer("site-001", Message(request.to_content(), 7, "train"))
+    assert reply.metadata.src_node_id == 7
+    taken = check_reply(reply, request, DECLARED_PATIENTS, cap=1e-9)
+    assert not isinstance(taken, str)
+    assert taken.tobytes() == request.weights.tobytes()
+
+
+def test_what_is_no_question_is_not_answered() -> None:
+    with pytest.raises(ProtocolError):
+        answer("site-001", Message(RecordDict(), 7, "train"))
