@@ -1,5 +1,6 @@
 """How the programs of this package end: bad input is one sentence on standard error, never a traceback."""
 
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,13 @@ FAILED, INTERRUPTED = 1, 130
 def run_script(main: Callable[[], object], name: str | None = None) -> None:
     """Run a program; what it cannot do is said in a sentence and exits 1, Ctrl-C exits 130.
 
+    SIGTERM ends it as Ctrl-C does, so that what it started is ended too.
+
     Args:
         main: The program.
         name: What it is called; by default as the file that is run.
     """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except FederationError as error:
@@ -30,6 +34,8 @@ def run_script(main: Callable[[], object], name: str | None = None) -> None:
         code, sentence = INTERRUPTED, "stopped."
     else:
         return
+    finally:
+        signal.signal(signal.SIGTERM, before)
     called = name or Path(sys.argv[0]).stem
     Console(stderr=True).print(f"{called}: {sentence}", style="red", highlight=False, soft_wrap=True, markup=False)
     sys.exit(code)

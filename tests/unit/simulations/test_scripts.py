@@ -1,6 +1,7 @@
 """Every program that is run with ``python -m`` says in one line what it cannot do."""
 
 import importlib
+import signal
 import sys
 from pathlib import Path
 
@@ -88,3 +89,19 @@ def test_a_mistake_of_ours_is_not_hidden() -> None:
     with pytest.raises(ZeroDivisionError):
         run_script(lambda: 1 / 0)
     run_script(lambda: None)
+
+
+def test_a_program_that_is_told_to_end_cleans_up(capsys: pytest.CaptureFixture[str]) -> None:
+    cleaned: list[bool] = []
+
+    def main() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            cleaned.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught:
+        run_script(main, "bench")
+    assert (caught.value.code, cleaned, capsys.readouterr().err) == (INTERRUPTED, [True], "bench: stopped.\n")
+    assert signal.getsignal(signal.SIGTERM) is before
