@@ -43,6 +43,7 @@ from shared.telemetry import LOOPBACK
 
 RUN_KEY, SERVER_KEY = "run", "server"
 SUPERLINK, SUPEREXEC = "superlink", "superexec"
+superlink_program: tuple[str, ...] = (sys.executable, "-m", "server.superlink")
 _EXECUTOR_POLL_S = 1.0
 _TIMEOUT_S = 10.0
 _SUPEREXEC = (
@@ -219,7 +220,7 @@ def commands(server: Path, config: ServerConfig) -> Mapping[str, list[str]]:
         *secret,
     ]
     return {
-        SUPERLINK: [sys.executable, "-m", "server.superlink", *superlink],
+        SUPERLINK: [*superlink_program, *superlink],
         SUPEREXEC: [sys.executable, "-c", _SUPEREXEC, *superexec],
     }
 

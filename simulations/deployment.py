@@ -97,12 +97,12 @@ class Deployment:
         self.must("server", "enrol", self.server, folder / "site.pub", "--name", name)
         return folder
 
-    def start(self, name: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[Any]:
-        """Start the aggregator (``server``) or a site's daemon; its log is ``NAME.log``."""
-        role = "server" if name == "server" else "site"
+    def start(self, name: str, environment: Mapping[str, str] | None = None, module: str = "") -> subprocess.Popen[Any]:
+        """Start the aggregator (``server``) or a site's daemon, or ``module`` in its place; its log is ``NAME.log``."""
+        command = [sys.executable, "-m", module] if module else _command("server" if name == "server" else "site")
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(  # noqa: S603 - our own command line
-                [*_command(role), "start", str(self.folder / name)],
+                [*command, "start", str(self.folder / name)],
                 env=_environment(environment or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=log,

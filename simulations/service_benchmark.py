@@ -26,7 +26,7 @@ from server.runs import find_run
 from shared.errors import FederationError
 from shared.records import Array, PatientItem, write_store
 from shared.tasks.ct_nodules import STORE_KIND, STORED_PX
-from simulations.deployment import Deployment, deployment, free_port, wait_for
+from simulations.deployment import Deployment, deployment, free_port
 
 _DECLARED, _PATIENTS = 200, 4
 _PLAN = """\
@@ -82,9 +82,9 @@ def measure_overhead(rounds: int, stock_rounds: int, sites: int = 3) -> tuple[Va
         whole.wait_connected(*names)
         rows = run_to_end(whole, "ours", rounds, sites)
         ours = Variant("fedward-site", _seconds(rows), tuple(resident_mib(pid, "VmHWM") for pid in pids))
-        for name in names:
+        for name in (*names, "server"):
             whole.stop(name)
-        wait_for("the daemons to leave", lambda: not set(names) & set(whole.health().get("connected", "").split(",")))
+        whole.start("server", module="simulations.stock_server")
         with _supernodes(whole, names) as pids:
             whole.wait_connected(*names)
             rows = run_to_end(whole, "stock", stock_rounds, sites)
