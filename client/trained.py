@@ -17,6 +17,9 @@ from shared.files import storage_errors
 from shared.personal import is_personal
 from shared.tasks.registry import find_task
 
+EVERYBODY = "everybody"
+"""Whose a model is that was fitted to a hospital's own patients."""
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -25,7 +28,7 @@ class Trained:
     Attributes:
         model: In evaluation mode.
         sha256: Of the weights file.
-        owner: Salt and pseudonym of the one patient to whom it was fitted; None for everybody's model.
+        owner: Salt and pseudonym of the one patient to whom it was fitted; None for a model for everybody here.
         described: What the JSON beside the weights says.
     """
 
@@ -82,6 +85,6 @@ def load_trained(checkpoint: Path, task_name: str, purpose: str) -> Trained:
 
 
 def _owner(described: dict[str, object], *, personal: bool) -> tuple[bytes, bytes] | None:
-    if not personal:
+    if not personal or described["patient"] == EVERYBODY:
         return None
     return bytes.fromhex(str(described["salt"])), bytes.fromhex(str(described["patient"]))

@@ -113,11 +113,13 @@ def load_weights(path: Path, model: nn.Module, sha256: str | None = None) -> str
     """Load a safetensors file into the model and return the file's SHA-256.
 
     Raises:
-        StorageError: If the file is missing, damaged, not the expected one, of another model, or one patient's.
+        StorageError: If the file is missing, damaged, not the expected one, of another model, or a hospital's own.
     """
     content, digest = _read(path, sha256)
     if is_personal(content):
-        raise StorageError(f"{path} was fitted to one patient. It must not leave its hospital and starts no run.")
+        raise StorageError(
+            f"{path} was fitted to patients of one hospital without privacy. It must stay there and starts no run."
+        )
     try:
         model.load_state_dict(load(content))
     except (SafetensorError, RuntimeError, ValueError) as error:

@@ -1,7 +1,8 @@
 """What personalising gains: ``python -m simulations.personal_gains CHECKPOINT EXPORT.csv[.gz] … [--patients 10]``.
 
 Each patient's model is judged on the last readings of the patient's last segment, which neither it nor the choice of
-how long to train has seen (``client.monitor.personal``).
+how long to train has seen (``client.monitor.personal``). The hospital's own model is fitted to what a site would train
+on, and judged as the global one is (``shared.tasks.cgm_windows``).
 """
 
 import argparse
@@ -18,6 +19,9 @@ from client.monitor.personal import Gain, personalise
 from client.trained import load_trained
 from shared.errors import IntakeError
 from shared.records import RecordStore
+from shared.tasks.base import Evaluation
+from shared.tasks.cgm_windows import split_in_time
+from shared.tasks.glucose_forecast import TASK
 from simulations.scripts import run_script
 
 
@@ -37,14 +41,31 @@ def gains_of(checkpoint: Path, export: Path, most: int) -> list[Gain]:
     return found
 
 
+def own_model(checkpoint: Path, export: Path) -> tuple[Evaluation, Evaluation]:
+    """Return how the global model does on a hospital's later readings, and one fitted to its earlier ones."""
+    model = load_trained(checkpoint, "glucose-forecast", "forecast glucose").model
+    with tempfile.TemporaryDirectory() as folder:
+        prepare_glucose(export, Path(folder) / "store", bytes(32))
+        training, judged = split_in_time(RecordStore.open(Path(folder) / "store"))
+        return TASK.evaluate(model, judged), TASK.evaluate(personalise(model, training)[0], judged)
+
+
+def described(evaluation: Evaluation) -> str:
+    """Return the figures of the table in ``docs/glucose.md``."""
+    rmse, skill, mse, mae = map(evaluation.value, ("rmse_30", "skill_30", "path_mse_median", "path_mae_median"))
+    return f"RMSE at 30 min {rmse:.2f} ({skill:.0%} below last value), path {mse**0.5:.2f} / {mae:.2f}"
+
+
 def main() -> None:
-    """Print a line for each export."""
+    """Print two lines for each export."""
     parser = argparse.ArgumentParser(description="Measure what personalising gains.")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("exports", type=Path, nargs="+")
     parser.add_argument("--patients", type=int, default=10)
     chosen = parser.parse_args()
     for export in chosen.exports:
+        before, after = own_model(chosen.checkpoint, export)
+        sys.stdout.write(f"{export.name}: global {described(before)}; own {described(after)}\n")
         gains = gains_of(chosen.checkpoint, export, chosen.patients)
         if not gains:
             sys.stdout.write(f"{export.name}: nobody's record is long enough\n")

@@ -39,9 +39,13 @@ Examples:
 
   fedward-site monitor round-00030.safetensors --from http://127.0.0.1:8700 --alerts alerts.jsonl --low-quantile 0.1
 """
-_PERSONALISE_EXAMPLE = (
-    "Example:  fedward-site personalise round-00030.safetensors glucose.csv --patient 17 --out p.safetensors"
-)
+_PERSONALISE_EXAMPLE = """
+Examples:
+
+  fedward-site personalise round-00030.safetensors glucose.csv --out ours.safetensors
+
+  fedward-site personalise ours.safetensors glucose.csv --patient 17 --out patient-17.safetensors
+"""
 _WHAT_IF_EXAMPLE = (
     "Example:  fedward-site what-if round-00030.safetensors glucose.csv --patient 17 --insulin +2 --carbs -20"
 )
@@ -193,28 +197,34 @@ def _counted(watch: "Watch") -> str:
 def personalise(
     checkpoint: Checkpoint,
     export: Export,
-    patient: PatientId,
     out: Annotated[Path, typer.Option(help="New file *.safetensors. It stays in this hospital.")],
+    patient: Annotated[
+        str | None, typer.Option(help="The patient's number, as in the export. Default: everybody in it.")
+    ] = None,
     site: SiteToml = None,
 ) -> None:
-    """Fit the global model to one patient's own history, for that patient's forecasts only.
+    """Fit the global model to the hospital's own patients, or to one, for forecasts in this hospital only.
 
-    The file is marked: no run starts from it, and 'monitor' uses it for that patient alone.
+    The file is marked: no run starts from it. 'monitor' uses one patient's model for that patient alone.
     """
     from client.monitor.personal import personalise as fit
-    from client.monitor.personal import read_patient, write_personal
+    from client.monitor.personal import read_patients, write_personal
     from client.trained import load_trained
 
     trained = load_trained(checkpoint, "glucose-forecast", "forecast glucose")
-    model, gain = fit(trained.model, read_patient(export, patient, _mapping(site)))
-    _say(f"Judged on {gain.windows} forecasts within the last six hours of the record, global → personal model:")
+    if trained.owner and not (patient and trained.fits(patient)):
+        raise PlanError(
+            "This model was fitted to another patient. Start from the global model, or from the hospital's."
+        )
+    model, gain = fit(trained.model, read_patients(export, patient, _mapping(site)))
+    _say(f"Judged on {gain.windows} forecasts within the last six hours of each record, global → own model:")
     _say(f"  RMSE at 30 minutes {gain.rmse_30[0]:.1f} → {gain.rmse_30[1]:.1f} mg/dL")
     _say(f"  pinball loss {gain.pinball[0]:.2f} → {gain.pinball[1]:.2f} mg/dL")
     if not gain.steps:
-        _say("No training helped on the six hours before: the global model stays this patient's. Nothing is written.")
+        _say("No training helped on the six hours before: the global model stays the better one. Nothing is written.")
         return
     write_personal(out, model, patient, trained)
-    _say(f"personal model: {out}")
+    _say(f"own model: {out}")
 
 
 def what_if(
@@ -226,7 +236,7 @@ def what_if(
     site: SiteToml = None,
 ) -> None:
     """NOT FOR CLINICAL USE: the forecast under another dose or meal, after a patient's last reading."""
-    from client.monitor.personal import read_patient
+    from client.monitor.personal import read_patients
     from client.monitor.what_if import WARNING
     from client.monitor.what_if import what_if as ask
     from client.trained import load_trained
@@ -234,7 +244,7 @@ def what_if(
     trained = load_trained(checkpoint, "glucose-forecast", "forecast glucose")
     if not trained.fits(patient):
         raise PlanError("This model was fitted to another patient. Use that patient's, or the global one.")
-    answer = ask(trained.model, read_patient(export, patient, _mapping(site)), insulin, carbs)
+    answer = ask(trained.model, read_patients(export, patient, _mapping(site)), insulin, carbs)
     _say(WARNING, style="bold red")
     _say(f"last reading {answer.last_mg_dl:.0f} mg/dL; insulin {insulin:+g} units, carbohydrate {carbs:+g} g")
     for step in (2, 5, 8, 11):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from client import cli
-from client.monitor.personal import personalise, read_patient, write_personal
+from client.monitor.personal import _ONE, personalise, read_patients, write_personal
 from client.monitor.what_if import changed, what_if
 from client.trained import Trained, load_trained
 from server.checkpoints import load_weights, save_checkpoint
@@ -20,17 +21,23 @@ from shared.tasks.glucose_forecast import HISTORY, TASK
 DOSES = "patient_id,timestamp,glucose_mg_dl,insulin_units,carbohydrate_g"
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch) -> None:
+    """A hospital of a few patients needs no more steps than one patient."""
+    monkeypatch.setattr("client.monitor.personal._ALL", _ONE)
+
+
 @pytest.fixture
 def model() -> torch.nn.Module:
     torch.manual_seed(0)
     return TASK.build().eval()
 
 
-def export(path: Path, readings: int = 500, head: str = DOSES) -> Path:
-    """Write one patient of waves with notes of insulin and food."""
+def export(path: Path, readings: int = 500, head: str = DOSES, patients: tuple[str, ...] = ("Doe-7",)) -> Path:
+    """Write patients of waves with notes of insulin and food."""
     start, rows = np.datetime64("2024-01-01T00:00"), [head]
-    for k in range(readings):
-        cells = ["Doe-7", str(start + np.timedelta64(5 * k, "m")), f"{130 + 50 * np.sin(k / 7):.0f}"]
+    for patient, k in product(patients, range(readings)):
+        cells = [patient, str(start + np.timedelta64(5 * k, "m")), f"{130 + 50 * np.sin(k / 7):.0f}"]
         rows.append(
             ",".join([*cells, "2" if k % 60 == 10 else "", "40" if k % 60 == 12 else ""][: head.count(",") + 1])
         )
@@ -51,7 +58,7 @@ def reacting(model: torch.nn.Module, insulin: float, carbohydrate: float) -> tor
 
 def test_a_personal_model_is_better_where_there_is_something_to_learn_and_leaves_the_global_one(model, tmp_path):
     before = [parameter.clone() for parameter in model.parameters()]
-    record = read_patient(export(tmp_path / "e.csv"), "Doe-7")
+    record = read_patients(export(tmp_path / "e.csv"), "Doe-7")
     mine, gain = personalise(model, record)
     assert gain.steps > 0
     assert gain.windows == JUDGED - HORIZON + 1
@@ -64,11 +71,34 @@ def test_a_personal_model_is_better_where_there_is_something_to_learn_and_leaves
 
 
 def test_the_test_part_teaches_nothing(model, tmp_path):
-    record = read_patient(export(tmp_path / "e.csv"), "Doe-7")
+    record = read_patients(export(tmp_path / "e.csv"), "Doe-7")
     mine, _ = personalise(model, record)
     record.arrays["glucose"][-JUDGED:] = 60.0
     other, _ = personalise(model, record)
     assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), other.parameters(), strict=True))
+
+
+def test_a_hospital_fits_its_own_model_to_everybody(model, tmp_path):
+    records = read_patients(export(tmp_path / "e.csv", patients=("Doe-7", "Roe-1", "Poe-2")))
+    assert len(records) == 3
+    ours, gain = personalise(model, records)
+    assert gain.windows == 3 * (JUDGED - HORIZON + 1)
+    assert gain.rmse_30[1] < 0.9 * gain.rmse_30[0]
+    ends = records.offsets[1:]
+    for end in ends:  # nobody's last readings teach anything
+        records.arrays["glucose"][end - JUDGED : end] = 60.0
+    other, _ = personalise(model, records)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), other.parameters(), strict=True))
+
+
+def test_a_hospitals_own_model_serves_everybody_there_and_starts_no_run(model, tmp_path):
+    out = tmp_path / "ours.safetensors"
+    write_personal(out, model, None, Trained(model, "b" * 64))
+    opened = load_trained(out, TASK.name, "forecast glucose")
+    assert opened.fits("Doe-7")
+    assert opened.fits("Roe-1")
+    with pytest.raises(StorageError, match="stay"):
+        load_weights(out, TASK.build())
 
 
 def test_what_is_written_is_the_owners_only_and_starts_no_run(model, tmp_path):
@@ -81,7 +111,7 @@ def test_what_is_written_is_the_owners_only_and_starts_no_run(model, tmp_path):
     opened = load_trained(out, TASK.name, "forecast glucose")
     assert opened.fits("Doe-7")
     assert not opened.fits("Doe-8")
-    with pytest.raises(StorageError, match="one patient"):
+    with pytest.raises(StorageError, match="stay"):
         load_weights(out, TASK.build())
     with pytest.raises(StorageError, match="new file"):
         write_personal(out, model, "Doe-7", Trained(model, "b" * 64))
@@ -89,20 +119,20 @@ def test_what_is_written_is_the_owners_only_and_starts_no_run(model, tmp_path):
 
 def test_a_patient_who_is_not_there_or_has_too_little_is_refused(model, tmp_path):
     with pytest.raises(IntakeError, match="no such patient"):
-        read_patient(export(tmp_path / "e.csv"), "Doe-8")
+        read_patients(export(tmp_path / "e.csv"), "Doe-8")
     with pytest.raises(IntakeError, match="too short"):
-        personalise(model, read_patient(export(tmp_path / "s.csv", readings=200), "Doe-7"))
+        personalise(model, read_patients(export(tmp_path / "s.csv", readings=200), "Doe-7"))
 
 
 def test_what_if_answers_only_where_the_model_reacts_as_physiology_demands(model, tmp_path):
-    record = read_patient(export(tmp_path / "e.csv"), "Doe-7")
+    record = read_patients(export(tmp_path / "e.csv"), "Doe-7")
     answer = what_if(reacting(model, -1.0, 1.0), record, 2.0, 0.0)
     assert (answer.changed[-1, 1] < answer.as_recorded[-1, 1]).all()
     assert what_if(model, record, 0.0, 50.0).changed[-1, 1] > answer.as_recorded[-1, 1]
     for insulin, carbohydrate, said in ((0.0, 1.0, "without insulin"), (1.0, 1.0, "physiology"), (-1.0, -1.0, "carb")):
         with pytest.raises(PlanError, match=said):
             what_if(reacting(model, insulin, carbohydrate), record, 2.0, 0.0)
-    bare = read_patient(export(tmp_path / "b.csv", head="patient_id,timestamp,glucose_mg_dl"), "Doe-7")
+    bare = read_patients(export(tmp_path / "b.csv", head="patient_id,timestamp,glucose_mg_dl"), "Doe-7")
     with pytest.raises(PlanError, match="no insulin and no carbohydrate"):
         what_if(model, bare, 2.0, 0.0)
 
@@ -142,3 +172,20 @@ def test_the_commands(model, tmp_path, monkeypatch, capfd):
     assert "in 60 min" in said
     assert call(monkeypatch, "what-if", out, data, "--patient", "Doe-8") == 1
     assert "another patient" in capfd.readouterr().err
+
+
+def test_one_patients_model_is_never_refitted_to_another_but_the_hospitals_may_be(
+    model, tmp_path, monkeypatch, capfd
+) -> None:
+    path = save_checkpoint(tmp_path / "c", model, run="r", number=1, task=TASK.name, plan_digest="p").path
+    data = export(tmp_path / "e.csv", patients=("Doe-7", "Roe-1"))
+    hospital, first, second = (tmp_path / f"{name}.safetensors" for name in ("ours", "doe", "roe"))
+    assert call(monkeypatch, "personalise", path, data, "--out", hospital) == 0
+    assert call(monkeypatch, "personalise", path, data, "--patient", "Doe-7", "--out", first) == 0
+    capfd.readouterr()
+    for others in (["--patient", "Roe-1"], []):
+        assert call(monkeypatch, "personalise", first, data, *others, "--out", second) == 1
+        assert "another patient" in capfd.readouterr().err
+        assert not second.exists()
+    call(monkeypatch, "personalise", hospital, data, "--patient", "Roe-1", "--out", second)
+    assert "own model" in capfd.readouterr().out

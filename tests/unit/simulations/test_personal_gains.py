@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from client.monitor.personal import Gain
+from client.monitor.personal import _ONE, Gain
 from server.checkpoints import save_checkpoint
+from shared.tasks.base import Evaluation
 from shared.tasks.cgm_windows import HORIZON, JUDGED
 from shared.tasks.glucose_forecast import TASK
 from simulations import personal_gains
-from simulations.personal_gains import gains_of
+from simulations.personal_gains import gains_of, own_model
 
 
 @pytest.fixture
@@ -38,7 +39,8 @@ def export(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.monitor.personal.MOST_CHECKS", 2)
+    monkeypatch.setattr("client.monitor.personal._CHECKS", 2)
+    monkeypatch.setattr("client.monitor.personal._ALL", _ONE)
 
 
 def test_whose_record_is_too_short_is_left_out_and_counts_for_nobody(checkpoint: Path, export: Path) -> None:
@@ -51,6 +53,12 @@ def test_whose_record_is_too_short_is_left_out_and_counts_for_nobody(checkpoint:
     assert len(gains_of(checkpoint, export, most=1)) == 1
 
 
+def test_the_hospitals_own_model_is_judged_as_the_global_one_is(checkpoint: Path, export: Path) -> None:
+    before, after = own_model(checkpoint, export)
+    assert after.value("rmse_30") < before.value("rmse_30")
+    assert before.details["rmse_30_of_patients"] == after.details["rmse_30_of_patients"] == {}, "of three: too few"
+
+
 def test_a_line_for_each_export_counts_who_gains_and_who_loses(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -58,9 +66,12 @@ def test_a_line_for_each_export_counts_who_gains_and_who_loses(
     worse = Gain((10.0, 11.0), (4.0, 5.0), 9, 20)
     known = {"one.csv": [better, same, worse], "none.csv": []}
     monkeypatch.setattr(personal_gains, "gains_of", lambda _checkpoint, export, _most: known[export.name])
+    judged = Evaluation({"rmse_30": 20.0, "skill_30": 0.25, "path_mse_median": 49.0, "path_mae_median": 6.0})
+    monkeypatch.setattr(personal_gains, "own_model", lambda *_: (judged, judged))
     monkeypatch.setattr(sys, "argv", ["personal_gains", "m.safetensors", "one.csv", "none.csv"])
     personal_gains.main()
-    first, second = capsys.readouterr().out.splitlines()
+    hospital, first, _hospital, second = capsys.readouterr().out.splitlines()
+    assert hospital.startswith("one.csv: global RMSE at 30 min 20.00 (25% below last value), path 7.00 / 6.00; own")
     assert first.startswith("one.csv: 3 patients, median gain RMSE at 30 min 0.0%, pinball 0.0%; 1 keep")
     assert first.endswith("1 are worse off")
     assert second == "none.csv: nobody's record is long enough"
