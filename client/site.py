@@ -9,7 +9,7 @@ audit.jsonl      the audit log (client.audit)
 import hashlib
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -156,7 +156,8 @@ class Site:
             raise ProtocolError("This release is closed.", ErrorCode.REPLAY_MISMATCH)
         with self.audit.failures("failed", **asked):
             own, synthetic = task.load(self.store), self.synthetic(task)
-            added = synthetic.patients if synthetic else None
+            # Drawn as the hospital's own are: X-rays, for one, are not turned.
+            added = replace(synthetic.patients, attributes=self.store.attributes) if synthetic else None
             weights = train_round(
                 task,
                 Augmented(task.load(added), own) if added else own,

@@ -22,6 +22,8 @@ from shared.errors import PolicyError, StorageError
 from shared.messages import PlanQuery, TrainRequest
 from shared.plan import RunPlan
 from shared.records import RecordStore, write_store
+from shared.tasks.base import Task
+from shared.tasks.ct_nodules import UPRIGHT, is_upright
 from shared.tasks.registry import find_task
 from shared.weights import pack
 
@@ -183,6 +185,23 @@ def test_the_normaliser_counts_the_synthetic_patients_and_the_log_names_their_ge
     assert told == [10 + COUNT, 10]
     (reserved,) = [entry for entry in site.audit.read()[0].entries if entry.event == "reserved"]
     assert reserved.fields["augmented"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+
+
+def test_synthetic_patients_are_drawn_as_the_hospitals_own(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no image of a hospital is turned, as an X-ray has an up and a down, no synthetic one may be."""
+    site, seen = make_site("h1"), list[bool]()
+    upright = replace(site.store, attributes={**site.store.attributes, UPRIGHT: True})
+    monkeypatch.setitem(site.__dict__, "store", upright)
+
+    def remember(task: Task, patients: Augmented, *arguments: Any, **more: Any) -> Any:
+        seen.extend(is_upright(part.store) for part in (patients.synthetic, patients.own))
+        return train_round(task, patients, *arguments, **more)
+
+    monkeypatch.setattr(client.site, "train_round", remember)
+    site.answer_train(request())
+    assert seen == [True, True]
 
 
 def test_an_interrupted_round_gives_the_same_weights(
