@@ -43,20 +43,22 @@ _AT_30: Final = 30 // STEP_MIN - 1
 
 @dataclass(frozen=True)
 class _Fitting:
-    """How to fit; the rate falls to zero over all checks.
+    """How to fit.
 
     Attributes:
         steps: Optimizer steps between two looks at whether it helps.
         windows: Forecasts learnt from in a step.
-        rate: Adam's.
+        rate: Adam's, at first.
+        end: The share of it that is left at last.
     """
 
     steps: int
     windows: int
     rate: float
+    end: float
 
 
-_ONE, _ALL = _Fitting(20, 64, 1e-3), _Fitting(100, 256, 3e-3)
+_ONE, _ALL = _Fitting(20, 64, 1e-3, 1.0), _Fitting(100, 256, 3e-3, 0.0)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def personalise(model: nn.Module, records: RecordStore) -> tuple[nn.Module, Gain
     tuned, best, steps = copy.deepcopy(model), copy.deepcopy(model), 0
     least = _judge(model, records, decide)[1]
     optimizer, generator = Adam(tuned.parameters(), lr=how.rate), Generator().manual_seed(_SEED)
-    falling = LinearLR(optimizer, 1.0, 1.0 / (_CHECKS * how.steps), _CHECKS * how.steps)
+    falling = LinearLR(optimizer, 1.0, how.end, _CHECKS * how.steps)
     for check in range(1, _CHECKS + 1):
         for _ in range(how.steps):
             _step(
