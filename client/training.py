@@ -14,7 +14,7 @@ before the optimizer's update, and costs no privacy; inside the clipped gradient
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -106,27 +106,41 @@ def train_round(
     def sampled() -> Tensor:
         return poisson_sample(len(patients), plan.sample_rate, randomness.uniform)
 
+    steps = ((sampled(), partial(draw, number)) for number in range(plan.local_steps))
     if plan.private:
         expected = plan.sample_rate * declared_patients
-        size = patients_at_once(plan.records_per_patient, task.records_at_once, expected)
-        step = PrivateStep(
-            model,
-            optimizer,
-            task.loss,
-            noise_multiplier=plan.noise_multiplier,
-            max_grad_norm=plan.max_grad_norm,
-            expected_patients=expected,
-            noise=randomness.noise,
-            engine=plan.engine,
-        )
-        for number in range(plan.local_steps):
-            step(padded_parts(sampled(), size, partial(draw, number)))
-        step.close()
+        _train_privately(task, model, optimizer, plan, steps, expected, randomness.noise)
     else:
         ordinary = OrdinaryStep(model, optimizer, task.loss)
-        for number in range(plan.local_steps):
-            ordinary(draw(number, sampled()))
+        for chosen, drawn in steps:
+            ordinary(drawn(chosen))
     return pack(model)
+
+
+def _train_privately(
+    task: Task,
+    model: nn.Module,
+    optimizer: Optimizer,
+    plan: RunPlan,
+    steps: Iterable[tuple[Tensor, Callable[[Tensor], Batch]]],
+    expected_patients: float,
+    noise: NoiseSource,
+) -> None:
+    """Take each step on the patients chosen for it ``(B,)``, in passes of one shape."""
+    size = patients_at_once(plan.records_per_patient, task.records_at_once, expected_patients)
+    step = PrivateStep(
+        model,
+        optimizer,
+        task.loss,
+        noise_multiplier=plan.noise_multiplier,
+        max_grad_norm=plan.max_grad_norm,
+        expected_patients=expected_patients,
+        noise=noise,
+        engine=plan.engine,
+    )
+    for chosen, drawn in steps:
+        step(padded_parts(chosen, size, drawn))
+    step.close()
 
 
 def draw_own(patients: PatientDataset, chosen: Tensor, records_per_patient: int, key: bytes) -> Batch:
