@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import typer
-from rich.console import Console
 
+from client.console import CONSOLE, ERRORS, say
 from shared.errors import IntakeError, PlanError
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from client.monitor.stream import Lines
     from client.monitor.watch import Watch, Write
 
-_CONSOLE, _ERRORS = Console(), Console(stderr=True)
 _HTTP = "http://"
 _LOOPBACKS = ("127.0.0.1", "localhost")
 _LAST_PORT = 65_535
@@ -95,16 +94,16 @@ def monitor(
         raise PlanError("FHIR demands times with an offset. Give the readings' zone with --time-zone.")
     trained = load_trained(checkpoint, "glucose-forecast", "forecast glucose")
     remembered = state or (alerts.with_name(alerts.name + ".state") if alerts else None)
-    shown = _CONSOLE.is_terminal if view is None else view
+    shown = CONSOLE.is_terminal if view is None else view
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ExitStack() as stack:
         memory = stack.enter_context(Memory(remembered))
         watch = Watch(trained, rules, memory, writers=_writers(alerts, fhir, quiet=shown), zone=zone)
         if zone is None:
-            _ERRORS.print(_NO_ZONE, highlight=False, soft_wrap=True)
+            ERRORS.print(_NO_ZONE, highlight=False, soft_wrap=True)
         with suppress(KeyboardInterrupt):  # how a monitor ends
             _follow(watch, _source(source, memory, once, stack), rules, shown)
-        _ERRORS.print(_counted(watch), highlight=False, soft_wrap=True)
+        ERRORS.print(_counted(watch), highlight=False, soft_wrap=True)
 
 
 def _follow(watch: "Watch", source: "Iterator[Lines]", rules: "tuple[Rule, ...]", shown: bool) -> None:
@@ -114,7 +113,7 @@ def _follow(watch: "Watch", source: "Iterator[Lines]", rules: "tuple[Rule, ...]"
         return
     from client.monitor.view import Screen
 
-    with Screen(_CONSOLE, rules) as screen:
+    with Screen(CONSOLE, rules) as screen:
         for lines in source:
             watch.take(lines)
             screen.show(watch.sights, _counted(watch))
@@ -132,7 +131,7 @@ def _source(source: str, memory: "Memory", once: bool, stack: ExitStack) -> "Ite
     if host not in _LOOPBACKS or not port.isdecimal() or int(port) > _LAST_PORT:
         raise PlanError("The monitor listens on this machine only: --from http://127.0.0.1:PORT.")
     number, posts = stack.enter_context(listening(int(port)))
-    _ERRORS.print(f"listening on {_HTTP}127.0.0.1:{number}", highlight=False, soft_wrap=True)
+    ERRORS.print(f"listening on {_HTTP}127.0.0.1:{number}", highlight=False, soft_wrap=True)
     return posts
 
 
@@ -217,14 +216,14 @@ def personalise(
             "This model was fitted to another patient. Start from the global model, or from the hospital's."
         )
     model, gain = fit(trained.model, read_patients(export, patient, _mapping(site)))
-    _say(f"Judged on {gain.windows} forecasts within the last six hours of each record, global → own model:")
-    _say(f"  RMSE at 30 minutes {gain.rmse_30[0]:.1f} → {gain.rmse_30[1]:.1f} mg/dL")
-    _say(f"  pinball loss {gain.pinball[0]:.2f} → {gain.pinball[1]:.2f} mg/dL")
+    say(f"Judged on {gain.windows} forecasts within the last six hours of each record, global → own model:")
+    say(f"  RMSE at 30 minutes {gain.rmse_30[0]:.1f} → {gain.rmse_30[1]:.1f} mg/dL")
+    say(f"  pinball loss {gain.pinball[0]:.2f} → {gain.pinball[1]:.2f} mg/dL")
     if not gain.steps:
-        _say("No training helped on the six hours before: the global model stays the better one. Nothing is written.")
+        say("No training helped on the six hours before: the global model stays the better one. Nothing is written.")
         return
     write_personal(out, model, patient, trained)
-    _say(f"own model: {out}")
+    say(f"own model: {out}")
 
 
 def what_if(
@@ -245,11 +244,11 @@ def what_if(
     if not trained.fits(patient):
         raise PlanError("This model was fitted to another patient. Use that patient's, or the global one.")
     answer = ask(trained.model, read_patients(export, patient, _mapping(site)), insulin, carbs)
-    _say(WARNING, style="bold red")
-    _say(f"last reading {answer.last_mg_dl:.0f} mg/dL; insulin {insulin:+g} units, carbohydrate {carbs:+g} g")
+    say(WARNING, style="bold red")
+    say(f"last reading {answer.last_mg_dl:.0f} mg/dL; insulin {insulin:+g} units, carbohydrate {carbs:+g} g")
     for step in (2, 5, 8, 11):
         (low, middle, high), (low_2, middle_2, high_2) = answer.as_recorded[step], answer.changed[step]
-        _say(
+        say(
             f"  in {5 * (step + 1)} min: {middle:.0f} ({low:.0f} to {high:.0f}) mg/dL as recorded, "
             f"{middle_2:.0f} ({low_2:.0f} to {high_2:.0f}) changed"
         )
@@ -259,10 +258,6 @@ def _mapping(site: Path | None) -> "CsvMapping | None":
     from client.intake.glucose_formats import read_mapping
 
     return read_mapping(site / "site.toml") if site else None
-
-
-def _say(text: str, style: str | None = None) -> None:
-    _CONSOLE.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def add_commands(app: typer.Typer) -> None:

@@ -1,0 +1,41 @@
+"""What the steward's commands share: arguments, and how they speak."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from shared.errors import StorageError
+
+if TYPE_CHECKING:
+    from client.site import Site
+
+CONSOLE, ERRORS = Console(soft_wrap=True), Console(stderr=True)
+SiteFolder = Annotated[Path, typer.Argument(metavar="SITE", help="The site's folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
+
+
+def open_site(folder: Path) -> "Site":
+    """Open a site's folder. Raises StorageError if it is none."""
+    from client.site import POLICY, Site
+
+    if not (folder / POLICY).exists():
+        raise StorageError(f"There is no site at {folder}. Make one with fedward-site init.")
+    return Site(folder)
+
+
+def say(text: str, style: str | None = None) -> None:
+    """Tell the steward."""
+    CONSOLE.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Tell the steward what is not as it should be."""
+    ERRORS.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_json(values: object) -> None:
+    """Print for scripts."""
+    typer.echo(json.dumps(values, indent=1))
