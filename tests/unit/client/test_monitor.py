@@ -625,7 +625,7 @@ def test_a_personal_model_serves_one_patient_and_starts_no_run(tmp_path: Path) -
     path.with_suffix(".json").write_text(json.dumps(described))
     watch = watch_all(load_trained(path, TASK.name, "forecast glucose"), waves())
     assert (watch.fates[Fate.READ], watch.fates[Fate.OTHER_PATIENT]) == (120, 120)
-    with pytest.raises(StorageError, match="one patient"):
+    with pytest.raises(StorageError, match="stay there"):
         load_weights(path, TASK.build())
     with pytest.raises(PlanError, match="does not score"):
         load_trained(path, "nodule-classification", "score nodules")
