@@ -63,7 +63,6 @@ def main() -> None:
     parser.add_argument("server", help="HOST:PORT of the aggregator")
     parser.add_argument("folders", type=Path, nargs="+", help="each with a site.key and a ca.crt")
     chosen = parser.parse_args()
-    logging.disable(logging.CRITICAL)
     sites = [(Endpoint(chosen.server, read_authority(path), read_key(path)), path.name) for path in chosen.folders]
     threads = [Thread(target=serve_site, args=site, daemon=True) for site in sites]
     for thread in threads:
@@ -73,4 +72,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.CRITICAL)
     run_script(main)
