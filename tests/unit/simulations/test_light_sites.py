@@ -1,10 +1,12 @@
 """A site that trains nothing says what a site says."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import Message, Metadata, RecordDict
+from flwr.app.message import make_message
 
 from server.replies import check_offer, check_reply
 from shared.errors import ProtocolError
@@ -25,15 +27,19 @@ PLAN = RunPlan(
 )
 
 
+def question(content: RecordDict, kind: str) -> Message:
+    return make_message(metadata=Metadata(1, "m", 1, 7, "", "g", time.time(), 3600.0, kind), content=content)
+
+
 def test_it_accepts_any_plan_under_its_name() -> None:
     for plan in (PLAN, replace(PLAN, noise_multiplier=0.0)):
-        reply = answer("site-001", Message(PlanQuery("r", plan).to_content(), 7, "query"))
+        reply = answer("site-001", question(PlanQuery("r", plan).to_content(), "query"))
         assert check_offer(reply, plan) == SiteOffer("site-001", DECLARED_PATIENTS, plan.digest)
 
 
 def test_the_server_takes_the_weights_that_it_sent() -> None:
     request = TrainRequest("r", 2, PLAN, np.arange(9, dtype=np.float32))
-    reply = answer("site-001", Message(request.to_content(), 7, "train"))
+    reply = answer("site-001", question(request.to_content(), "train"))
     assert reply.metadata.src_node_id == 7
     taken = check_reply(reply, request, DECLARED_PATIENTS, cap=1e-9)
     assert not isinstance(taken, str)
@@ -42,4 +48,4 @@ def test_the_server_takes_the_weights_that_it_sent() -> None:
 
 def test_what_is_no_question_is_not_answered() -> None:
     with pytest.raises(ProtocolError):
-        answer("site-001", Message(RecordDict(), 7, "train"))
+        answer("site-001", question(RecordDict(), "train"))
