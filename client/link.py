@@ -58,7 +58,7 @@ HEARTBEAT_S = 10.0  # the least that Flower permits: a dead site is noticed afte
 _CALL_S, _OBJECT_CALL_S, _LAST_CALL_S = 30.0, 300.0, 1.5
 _LAPSE_S = 1.0
 _OBJECT_PAUSES_S = (0.02, 0.04, 0.08, 0.16, *[0.25] * 480)  # two minutes for a message's objects to arrive
-_OBJECT_PATIENCE = 3.0  # a pause is at least so many times the server's answer
+_OBJECT_PATIENCE, _LONGEST_OBJECT_PAUSE_S = 3.0, 5.0
 _SERVER_TRIES, _PUSH_TRIES = 5, 3
 
 
@@ -229,8 +229,7 @@ class Link:
                 return bytes(answer.object_content)
             if not answer.object_found:
                 break
-            # The server announces a message before its objects are there; and who answers slowly has many to answer.
-            self._stop.wait(max(pause_s, _OBJECT_PATIENCE * (time.monotonic() - asked)))
+            self._stop.wait(object_pause_s(pause_s, time.monotonic() - asked))
         raise ValueError("an announced object never came")
 
     def _call(self, name: str, request: Any, timeout_s: float = _CALL_S) -> Any:
@@ -275,6 +274,15 @@ class Link:
                 return
             else:
                 self._watch.contact()
+
+
+def object_pause_s(least_s: float, call_s: float) -> float:
+    """Return how long to wait before asking again for an object that was announced and is not there yet.
+
+    At least three times what the server took to answer, for who answers slowly has many to answer; but not after an
+    outage, which a call sits out and which says nothing of the server.
+    """
+    return max(least_s, min(_OBJECT_PATIENCE * call_s, _LONGEST_OBJECT_PAUSE_S))
 
 
 def _envelope(proto: Any) -> Message:

@@ -16,6 +16,7 @@ from client.app import app as hospital_app
 from client.channel import Backoff, LinkFault
 from client.daemon import Connection, answer, node_config, poll_pause_s, run_daemon
 from client.keys import make_key
+from client.link import object_pause_s
 from client.site import AUDIT, open_books
 from client.status import Status
 from shared.errors import PolicyError, StorageError
@@ -113,6 +114,13 @@ def test_polling_slows_with_idleness_and_with_a_slow_server(idle_s, call_s):
     assert 0.05 <= pause_s <= 2.0
     assert pause_s >= min(2.0, 10 * call_s)
     assert pause_s <= max(0.05, idle_s / 20, 10 * call_s)
+
+
+@given(st.floats(0.02, 0.25), st.floats(0, 1e5))
+def test_waiting_for_an_object_slows_with_a_slow_server_and_not_after_an_outage(least_s, call_s):
+    pause_s = object_pause_s(least_s, call_s)
+    assert least_s <= pause_s <= 5.0
+    assert pause_s >= min(5.0, 3 * call_s)
 
 
 def test_health_follows_the_connection():

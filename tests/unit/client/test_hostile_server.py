@@ -77,7 +77,7 @@ def lines(site: Site) -> list[dict[str, Any]]:
     return [{"event": entry.event, **entry.fields} for entry in site.audit.read()[0].entries]
 
 
-def refused(site: Site, kind: str, content: RecordDict, *codes: ErrorCode) -> None:
+def assert_refused(site: Site, kind: str, content: RecordDict, *codes: ErrorCode) -> None:
     """Nothing but a code leaves, the ledger does not move, and the log has a line for it."""
     before, length = site.ledger.releases(), len(lines(site))
     reply = send(site, kind, content)
@@ -123,41 +123,41 @@ def _raw_plan(**changes: Any) -> RecordDict:
     ],
 )
 def test_a_greedy_plan(site: Site, kind: str, changes: dict[str, Any], code: ErrorCode) -> None:
-    refused(site, kind, _raw_plan(**changes), code)
+    assert_refused(site, kind, _raw_plan(**changes), code)
     assert "system" not in (site.folder / "audit.jsonl").read_text()
 
 
 def test_a_thousand_extra_rounds(site: Site) -> None:
     long = replace(PLAN, rounds=1003)
-    refused(site, "query", PlanQuery("run", long).to_content(), ErrorCode.BUDGET_EXCEEDED)
+    assert_refused(site, "query", PlanQuery("run", long).to_content(), ErrorCode.BUDGET_EXCEEDED)
     for number in (1, 2, 3):
         assert not send(site, "train", train(number, long)).has_error()
     for number in (4, 5, 1003):
-        refused(site, "train", train(number, long), ErrorCode.BUDGET_EXCEEDED)
-    refused(site, "train", train(1, run="a-fresh-run"), ErrorCode.BUDGET_EXCEEDED)
+        assert_refused(site, "train", train(number, long), ErrorCode.BUDGET_EXCEEDED)
+    assert_refused(site, "train", train(1, run="a-fresh-run"), ErrorCode.BUDGET_EXCEEDED)
     assert site.ledger.epsilon(PLAN.delta) <= PLAN.epsilon()
 
 
 def test_a_plan_changed_in_mid_run(site: Site) -> None:
     send(site, "train", train(1))
     for change in ({"noise_multiplier": 2.5}, {"seed": 1}, {"learning_rate": 0.4}):
-        refused(site, "train", train(2, replace(PLAN, **change)), ErrorCode.PLAN_CHANGED)  # type: ignore[arg-type]
-        refused(site, "query", PlanQuery("run", replace(PLAN, **change)).to_content(), ErrorCode.PLAN_CHANGED)  # type: ignore[arg-type]
+        assert_refused(site, "train", train(2, replace(PLAN, **change)), ErrorCode.PLAN_CHANGED)  # type: ignore[arg-type]
+        assert_refused(site, "query", PlanQuery("run", replace(PLAN, **change)).to_content(), ErrorCode.PLAN_CHANGED)  # type: ignore[arg-type]
 
 
 def test_a_replay_with_other_weights_and_of_an_older_round(site: Site) -> None:
     first = send(site, "train", train(1))
-    refused(site, "train", train(1, weights=WEIGHTS + np.float32(0.5)), ErrorCode.REPLAY_MISMATCH)
+    assert_refused(site, "train", train(1, weights=WEIGHTS + np.float32(0.5)), ErrorCode.REPLAY_MISMATCH)
     again = send(site, "train", train(1))
     assert again.content["config"]["weights"] == first.content["config"]["weights"]
     assert lines(site)[-1]["event"] == "replayed"
     send(site, "train", train(2))
-    refused(site, "train", train(1), ErrorCode.REPLAY_MISMATCH)
+    assert_refused(site, "train", train(1), ErrorCode.REPLAY_MISMATCH)
 
 
 @pytest.mark.parametrize("kind", ["evaluate", "train.other", "query.patients", "train." + "x" * 9000])
 def test_a_message_of_another_type(site: Site, kind: str) -> None:
-    refused(site, kind, train(), ErrorCode.BAD_MESSAGE)
+    assert_refused(site, kind, train(), ErrorCode.BAD_MESSAGE)
     assert lines(site)[-1]["kind"] == "unknown"
 
 
@@ -176,7 +176,9 @@ def test_a_message_of_another_type(site: Site, kind: str) -> None:
     ],
 )
 def test_a_query_for_anything_else(site: Site, config: dict[str, Any]) -> None:
-    refused(site, "query", RecordDict({"config": ConfigRecord(config)}), ErrorCode.BAD_MESSAGE, ErrorCode.BAD_PLAN)
+    assert_refused(
+        site, "query", RecordDict({"config": ConfigRecord(config)}), ErrorCode.BAD_MESSAGE, ErrorCode.BAD_PLAN
+    )
     assert "forged" not in (site.folder / "audit.jsonl").read_text()
 
 
@@ -221,7 +223,7 @@ def test_bad_weights(
     site: Site, make: Callable[[], RecordDict], code: ErrorCode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client.site, "train_round", None)  # never reached
-    refused(site, "train", make(), code)
+    assert_refused(site, "train", make(), code)
 
 
 def test_two_servers_may_have_a_run_of_one_name(site: Site) -> None:
@@ -238,7 +240,7 @@ def test_outside_its_hours_a_site_begins_nothing_new_but_repeats_what_it_gave(si
     days = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
     # Days that are far from today in every time zone: no clock is faked.
     policy(site.folder, days=(days[(weekday + 3) % 7],))
-    refused(site, "train", train(2), ErrorCode.OUTSIDE_HOURS)
+    assert_refused(site, "train", train(2), ErrorCode.OUTSIDE_HOURS)
     assert send(site, "train", train(1)).content["config"]["weights"] == first.content["config"]["weights"]
     assert not send(site, "query", PlanQuery("run", PLAN).to_content()).has_error()
 

@@ -9,22 +9,12 @@ from flwr.app import Message, Metadata, RecordDict
 from flwr.app.message import make_message
 
 from server.replies import check_offer, check_reply
+from shared.drafting import draft_plan
 from shared.errors import ProtocolError
 from shared.messages import PlanQuery, SiteOffer, TrainRequest
-from shared.plan import RunPlan
 from simulations.light_sites import DECLARED_PATIENTS, answer
 
-PLAN = RunPlan(
-    task="nodule-classification",
-    rounds=2,
-    local_steps=1,
-    sample_rate=0.5,
-    records_per_patient=1,
-    max_grad_norm=1.0,
-    noise_multiplier=1.0,
-    delta=1e-3,
-    learning_rate=0.1,
-)
+PLAN = draft_plan("nodule-classification", epsilon=8.0, delta=1e-3, overrides={"rounds": 2})
 
 
 def question(content: RecordDict, kind: str) -> Message:
