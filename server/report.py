@@ -104,7 +104,7 @@ def _verdict(findings: Findings) -> str:
         judged += f" (95% interval {number(ours.low)} to {number(ours.high)})"
     others = [
         f"{number(abs(ours.value - other.value))} {'above' if ours.value >= other.value else 'below'} "
-        f"“{row.label[0].lower()}{row.label[1:]}” ({number(other.value)})"
+        f"“{in_sentence(row.label)}” ({number(other.value)})"
         for row in findings.baselines
         if not row.member and (other := row.estimate(findings.metric))
     ]
@@ -221,6 +221,11 @@ def _factor(epsilon: float) -> str:
 
 def _peak(mebibytes: float | None) -> str:
     return f"peak memory {mebibytes:,.0f} MiB" if mebibytes else "in all"
+
+
+def in_sentence(label: str) -> str:
+    """Return a label as it stands within a sentence: small, unless it begins with an acronym."""
+    return label if label[:2].isupper() else label[:1].lower() + label[1:]
 
 
 def _plural(number: int, noun: str) -> str:

@@ -15,7 +15,7 @@ from server.checkpoints import Checkpoint
 from server.findings import Findings, as_estimate, humanise
 from server.markup import Markup, duration, epsilon_text, number, tag
 from server.registry import LATE, OK, Registry, RoundRow, SiteRow
-from server.report import render, write_report
+from server.report import in_sentence, render, write_report
 from shared.metrics import Estimate
 from shared.plan import RunPlan
 from shared.records import RecordStore
@@ -313,3 +313,8 @@ def test_numbers_and_estimates_in_any_form() -> None:
     assert as_estimate({"value": None}) is None
     assert as_estimate("x") is None
     assert as_estimate(0.5) is not None
+
+
+def test_a_label_within_a_sentence_keeps_its_acronym() -> None:
+    assert in_sentence("The last reading, no change") == "the last reading, no change"
+    assert in_sentence("ARIMA, fitted to each window") == "ARIMA, fitted to each window"
