@@ -140,7 +140,12 @@ def test_a_killed_child_is_back_and_nothing_is_forgotten(service: Service, child
     keys, old = service.node_keys(), service.health()[f"{child}_pid"]
     assert isinstance(old, int)
     os.kill(old, signal.SIGKILL)
-    until(lambda: service.health().get("ok") and service.health()[f"{child}_pid"] not in (old, None), f"{child} back")
+
+    def back() -> bool:
+        health = service.health()  # of one moment: while the child is away its number is, too
+        return bool(health.get("ok")) and health.get(f"{child}_pid") not in (old, None)
+
+    until(back, f"{child} back")
     until(lambda: f'restarts_total{{child="{child}"}} 1.0' in service.get("metrics"), "counted")
     assert service.node_keys() == keys
 
