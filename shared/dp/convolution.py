@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.dp.field_grams import axes, field_norms
-from shared.dp.tape import Contribution, Tape, gram_is_cheaper, square_norm
+from shared.dp.tape import Contribution, Tape, counted, counted_, gram_is_cheaper, scaled, square_norm, weighted_sum
 from shared.dp.unfolding import Convolution, Geometry, Layout, Unfolding, padded, unfold
 
 _aten = torch.ops.aten
@@ -107,10 +107,10 @@ def _gradient_of_sum(
     """Return the gradients of the coefficients' sum, by torch's own kernel."""
     weight, bias = parameters
     by_record = coefficients.repeat_interleave(len(inputs) // len(coefficients))
-    scaled = output_gradient * by_record.view(-1, *[1] * (inputs.dim() - 1))
+    of_outputs, of_inputs = scaled(output_gradient, by_record), counted(inputs, by_record)
     wanted = [False, True, bias is not None]
     sizes = None if bias is None else list(bias.shape)
-    gradients = _aten.convolution_backward(scaled, inputs, weight, sizes, *_arguments(geometry), wanted)
+    gradients = _aten.convolution_backward(of_outputs, of_inputs, weight, sizes, *_arguments(geometry), wanted)
     return tuple(gradients[1:] if bias is not None else gradients[1:2])
 
 
@@ -129,7 +129,9 @@ def _formed(parameters: _Parameters, geometry: Geometry, wide: Tensor, narrow: T
     if ones:
         return Contribution((weight, bias), norms, weighted)
     of_bias = _summed_positions(wide if geometry.transposed else narrow, tape)
-    return Contribution((weight, bias), norms + square_norm(of_bias), lambda c: (weighted(c)[0], c @ of_bias))
+    return Contribution(
+        (weight, bias), norms + square_norm(of_bias), lambda c: (weighted(c)[0], weighted_sum(of_bias, c))
+    )
 
 
 def _summed_positions(output_gradient: Tensor, tape: Tape) -> Tensor:
@@ -180,6 +182,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> 
 
 def _summed(gradients: Tensor, swapped: bool, weight: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
     """Return the patients' sum in the weight's shape, and what belongs to the last field: the bias's if that is one."""
+    counted_(gradients, coefficients[:, None, None, None])
     summed = (coefficients @ gradients.flatten(2)).view(len(gradients), *gradients.shape[2:])
     by_output = (summed.transpose(2, 3) if swapped else summed).movedim(0, 2).flatten(0, 1)
     outputs, channels, *kernel = weight.shape

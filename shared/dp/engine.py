@@ -3,7 +3,8 @@
     Bu, Wang, Zha, Karypis, "Differentially Private Optimization on Large Model at Small Cost", 2022.
 
 Formal guarantee: after ``clipped_sum`` each parameter's ``grad`` is Σ_p g_p · min(1, C / ‖g_p‖), where g_p is the
-gradient of patient p's loss over *all* trainable parameters and its norm is computed from the same numbers. The
+gradient of patient p's loss over *all* trainable parameters and its norm is computed from the same numbers. A
+patient whose norm is not finite adds nothing; the work is the same whichever patients those are. The
 model must not mix patients (no BatchNorm); a layer that is not known is refused by name, never left unclipped.
 """
 
@@ -68,8 +69,7 @@ class BookKeeping:
         """Run the backward pass of ``losses`` ``(B,)`` and set ``grad`` to the first ``real`` patients' clipped sum.
 
         Returns:
-            ``(B,)`` the norms before clipping. A row whose norm is not finite counts with factor 0, but 0 times
-            infinity is no number: the caller repeats the pass without such rows.
+            ``(B,)`` the norms before clipping. A row whose norm is not finite adds nothing to the sum.
         """
         losses.sum().backward()
         with torch.no_grad():

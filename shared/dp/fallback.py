@@ -6,7 +6,7 @@ import torch
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
-from shared.dp.tape import Contribution, Tape, square_norm
+from shared.dp.tape import Contribution, Tape, square_norm, weighted_sum
 
 
 def is_known(module: nn.Module) -> bool:
@@ -43,6 +43,6 @@ class Sampled:
             Contribution(
                 tuple(parameter for parameter, _ in used),
                 torch.stack([square_norm(gradient) for _, gradient in used]).sum(0),
-                lambda c: tuple(torch.einsum("b,b...->...", c, gradient) for _, gradient in used),
+                lambda c: tuple(weighted_sum(gradient, c) for _, gradient in used),
             )
         )

@@ -6,7 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.dp.tape import Contribution, Tape, by_patient, gram, gram_is_cheaper, gram_norm, norm_of_grams, square_norm
+from shared.dp.tape import (
+    Contribution,
+    Tape,
+    by_patient,
+    counted,
+    gram,
+    gram_is_cheaper,
+    gram_norm,
+    norm_of_grams,
+    scaled,
+    square_norm,
+    weighted_sum,
+)
 
 
 def linear(module: nn.Linear, tape: Tape, inputs: Tensor) -> Tensor:
@@ -40,23 +52,21 @@ def dense(parameters: tuple[nn.Parameter, nn.Parameter | None], x: Tensor, g: Te
         return Contribution(_present(weight, bias), norms, lambda c: _weighted(x, g, c)[: 1 + (bias is not None)])
     norms = square_norm(gradients)
     if bias is None:
-        return Contribution((weight,), norms, lambda c: (_summed(gradients, c),))
+        return Contribution((weight,), norms, lambda c: (weighted_sum(gradients, c),))
     # Norm and sum of the bias come from the same numbers, as the weight's do: positions may cancel.
     of_bias = g.sum(1)
-    return Contribution((weight, bias), norms + square_norm(of_bias), lambda c: (_summed(gradients, c), c @ of_bias))
+    return Contribution(
+        (weight, bias), norms + square_norm(of_bias), lambda c: (weighted_sum(gradients, c), weighted_sum(of_bias, c))
+    )
 
 
 def _present(weight: nn.Parameter, bias: nn.Parameter | None) -> tuple[nn.Parameter, ...]:
     return (weight,) if bias is None else (weight, bias)
 
 
-def _summed(gradients: Tensor, coefficients: Tensor) -> Tensor:
-    return (coefficients @ gradients.flatten(1)).view(gradients.shape[1:])
-
-
 def _weighted(x: Tensor, g: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-    scaled = (g * coefficients[:, None, None]).flatten(0, 1)
-    return scaled.T @ x.flatten(0, 1), scaled.sum(0)
+    of_outputs, of_inputs = scaled(g, coefficients).flatten(0, 1), counted(x, coefficients).flatten(0, 1)
+    return of_outputs.T @ of_inputs, of_outputs.sum(0)
 
 
 def embedding(module: nn.Embedding, tape: Tape, tokens: Tensor) -> Tensor:
@@ -85,8 +95,8 @@ class _Embedding(torch.autograd.Function):
         norms = norm_of_grams(same, gram(g))
 
         def weighted(coefficients: Tensor) -> tuple[Tensor, ...]:
-            scaled = (g * coefficients[:, None, None]).flatten(0, 1)
-            return (torch.zeros_like(weight).index_add_(0, t.flatten(), scaled),)
+            of_outputs = scaled(g, coefficients).flatten(0, 1)
+            return (torch.zeros_like(weight).index_add_(0, t.flatten(), of_outputs),)
 
         tape.add(Contribution((weight,), norms, weighted))
         return None, None, None, None

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from shared.dp.tape import Contribution, Tape, square_norm
+from shared.dp.tape import Contribution, Tape, square_norm, weighted_sum
 
 _aten = torch.ops.aten
 
@@ -114,5 +114,5 @@ def _affine(
     return Contribution(
         tuple(parameter for parameter, _ in used),
         norms,
-        lambda c: tuple((c @ gradient).view_as(parameter) for parameter, gradient in used),
+        lambda c: tuple(weighted_sum(gradient, c).view_as(parameter) for parameter, gradient in used),
     )

@@ -7,7 +7,7 @@ from opacus import GradSampleModule
 from torch import Tensor, nn
 
 from shared.dp.clipping import clip_coefficients
-from shared.dp.tape import square_norm
+from shared.dp.tape import square_norm, weighted_sum
 
 
 class OpacusHooks:
@@ -40,7 +40,7 @@ class OpacusHooks:
             norms = torch.stack([square_norm(gradient) for gradient in by_patient]).sum(0).sqrt()
             coefficients = clip_coefficients(norms, bound, real)
             for parameter, gradient in zip(parameters, by_patient, strict=True):
-                parameter.grad = torch.einsum("b,b...->...", coefficients, gradient)
+                parameter.grad = weighted_sum(gradient, coefficients)
                 parameter.grad_sample = None
         return norms
 

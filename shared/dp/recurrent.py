@@ -16,7 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.dp.scans import Memory, gru_backward, gru_forward, lstm_backward, lstm_forward
-from shared.dp.tape import Contribution, Tape, gram, gram_is_cheaper, gram_norm, norm_of_grams, square_norm
+from shared.dp.tape import (
+    Contribution,
+    Tape,
+    counted_,
+    gram,
+    gram_is_cheaper,
+    gram_norm,
+    norm_of_grams,
+    scaled,
+    square_norm,
+    weighted_sum,
+)
 from shared.errors import FederationError
 
 Output = tuple[Tensor, Tensor]
@@ -155,10 +166,10 @@ class _Product:
     def weighted(self, coefficients: Tensor) -> Tensor:
         """Return the patients' weighted sum ``(k, D)``; scaling the inputs, the smaller side, is enough."""
         if self.by_patient is not None:
-            return (coefficients @ self.by_patient.flatten(1)).view(self.by_patient.shape[1:])
+            return weighted_sum(self.by_patient, coefficients)
         steps, records, _ = self.gates.shape
         by_row = coefficients.repeat_interleave(records // len(coefficients)).repeat(steps)[:, None]
-        return self.gates.flatten(0, 1).t() @ (self.inputs.flatten(0, 1) * by_row)
+        return counted_(self.gates.flatten(0, 1), by_row).t() @ scaled(self.inputs.flatten(0, 1), by_row)
 
 
 def _joined(*sides: Tensor, bias: bool, memory: Memory) -> Tensor:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from shared.errors import FederationError
 
 Weighted = Callable[[Tensor], tuple[Tensor, ...]]
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""An integer of each size of number, in bytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +25,8 @@ class Contribution:
     Attributes:
         parameters: The parameters it concerns.
         square_norms: ``(B,)`` squared L2 norm of each patient's gradient of them.
-        weighted: Maps coefficients ``(B,)`` to Σ_b coefficient_b · gradient_b, one tensor per parameter.
+        weighted: Maps coefficients ``(B,)`` to Σ_b coefficient_b · gradient_b, one tensor per parameter. A patient
+            whose coefficient is 0 adds nothing, whatever that gradient is: see :func:`counted`.
     """
 
     parameters: tuple[nn.Parameter, ...]
@@ -92,6 +95,49 @@ class Tape:
         if missing := parameters - seen:
             shapes = ", ".join(str(tuple(parameter.shape)) for parameter in missing)
             raise FederationError(f"Parameters of shape {shapes} got no gradient in the forward pass.")
+
+
+def counted(rows: Tensor, coefficients: Tensor) -> Tensor:
+    """Return ``rows`` with zeros where the coefficient is 0, in place of whatever is there.
+
+    0 times infinity is NaN, so a row that counts zero must be zero before it enters a sum over patients. The bits of
+    every number are and-ed with ones or with zeros: the work is the same whichever rows those are, and the time too.
+    ``masked_fill`` writes only where the mask says so, and ``torch.where`` takes five times as long.
+
+    Args:
+        rows: ``(B, ...)``, or of any shape that ``coefficients`` has fewer dimensions or sizes of 1 of.
+        coefficients: ``(B,)``, or in a shape that can be broadcast to ``rows``.
+    """
+    return _masked(rows, coefficients, in_place=False)
+
+
+def counted_(rows: Tensor, coefficients: Tensor) -> Tensor:
+    """Do the same as :func:`counted` in place, and return ``rows``."""
+    return _masked(rows, coefficients, in_place=True)
+
+
+def _masked(rows: Tensor, coefficients: Tensor, *, in_place: bool) -> Tensor:
+    bits = rows.view(_BITS[rows.element_size()])
+    mask = -(_along(coefficients, rows) != 0).to(bits.dtype)
+    return (bits.bitwise_and_(mask) if in_place else bits.bitwise_and(mask)).view(rows.dtype)
+
+
+def scaled(rows: Tensor, coefficients: Tensor) -> Tensor:
+    """Return ``rows`` times their coefficients; 0 times anything is 0 here, infinity and NaN included."""
+    return counted_(rows * _along(coefficients, rows), coefficients)
+
+
+def weighted_sum(gradients: Tensor, coefficients: Tensor) -> Tensor:
+    """Return Σ_b coefficient_b · gradient_b of formed gradients ``(B, ...)``, which are overwritten."""
+    total: Tensor = coefficients @ counted_(gradients, coefficients).flatten(1)
+    return total.view(gradients.shape[1:])
+
+
+def _along(coefficients: Tensor, rows: Tensor) -> Tensor:
+    """Return ``(B,)`` so that it can be broadcast to ``(B, ...)``; other shapes as they are."""
+    if coefficients.dim() > 1:
+        return coefficients
+    return coefficients.view(-1, *[1] * (rows.dim() - 1))
 
 
 def by_patient(tensor: Tensor, patients: int) -> Tensor:

@@ -1,7 +1,9 @@
 """Book-keeping against a loop of ordinary autograd over patients, layer by layer."""
 
 import copy
+import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from shared.dp.engine import BookKeeping
+from shared.dp.opacus_engine import OpacusHooks
 from shared.errors import FederationError
 
 Build = Callable[[], nn.Module]
@@ -325,3 +328,39 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
             parts, _ = by_engine(make(build), data(shape, 5, 2), 0.05)
         for a, b in zip(whole, parts, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def known_to_opacus(case: str) -> bool:
+    """Opacus hooks no recurrent layer of torch's own, and no layer norm without a bias."""
+    return not {"lstm", "gru"} & set(case.split()) and case != "layer norm 2d"
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, 1e200])
+@pytest.mark.parametrize("where", ["records", "loss"])
+@pytest.mark.parametrize(
+    ("case", "engine"), [(c, BookKeeping) for c in CASES] + [(c, OpacusHooks) for c in CASES if known_to_opacus(c)]
+)
+def test_one_patients_nan_or_infinity_reaches_no_other_row(case: str, where: str, poison: float, engine: Any) -> None:
+    """In every layer: the other patients' norms stay to the bit, and the sum is theirs alone."""
+    build, shape = CASES[case]
+    x = torch.randn(4, 2, *shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    scale = torch.ones(4, dtype=torch.float64)
+    norms, sums = [], []
+    for poisoned in (False, True):
+        if poisoned and where == "records":
+            x[1, 0].view(-1)[-1] = poison
+        elif poisoned:
+            scale[1] = poison
+        model = make(build)
+        attached = engine(model)
+        attached.start(4)
+        norms.append(attached.clipped_sum(patient_losses(model, x) * scale, 0.5, 4))
+        sums.append([parameter.grad for parameter in model.parameters()])
+        attached.close()
+    others = [0, 2, 3]
+    assert torch.equal(norms[0][others], norms[1][others])
+    if norms[1][1].isfinite():  # a layer that bounds its input
+        return
+    expected, _ = by_hand(make(build), x[others], 0.5)
+    for found, wanted in zip(sums[1], expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
