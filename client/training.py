@@ -2,7 +2,8 @@
 
 Privacy: see :mod:`shared.dp.step` for one step. Patients join each step independently with the plan's
 ``sample_rate`` (Poisson), the normaliser is ``sample_rate × declared_patients``, a public constant, and the
-number of steps is the plan's: nothing but the noised sums depends on who is in the store.
+number of steps is the plan's. Every step draws as many patients and takes as many passes, whoever joins
+(:mod:`shared.dp.passes`). Nothing but the noised sums depends on who is in the store.
 
 A task may improve the model before the private steps from the global weights alone, and keep parts of the model out
 of them: :class:`shared.tasks.base.Task` says what it gets to see.
@@ -14,7 +15,7 @@ before the optimizer's update, and costs no privacy; inside the clipped gradient
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,7 +27,10 @@ from torch.optim import SGD, Adam, Optimizer
 
 from shared.dp.memory import keep_freed_memory
 from shared.dp.noise import KeyStream, NoiseSource, SecureNoise, SeededNoise
-from shared.dp.step import OrdinaryStep, PrivateStep, padded_parts, patients_at_once
+from shared.dp.passes import Passes, most_patients
+from shared.dp.step import OrdinaryStep, PrivateStep
+from shared.dp.subnormals import with_subnormals_flushed
+from shared.errors import PolicyError
 from shared.plan import FEDPROX, RunPlan
 from shared.tasks.base import Batch, PatientDataset, Task
 from shared.tasks.sampling import poisson_sample
@@ -86,6 +90,7 @@ def train_round(
         randomness: Of this release; with everything else equal, the same gives the same result.
 
     Raises:
+        PolicyError: If there are more patients than a private round has room for.
         ProtocolError: If the weights do not fit the model or are not finite.
     """
     keep_freed_memory()
@@ -108,8 +113,16 @@ def train_round(
 
     steps = ((sampled(), partial(draw, number)) for number in range(plan.local_steps))
     if plan.private:
-        expected = plan.sample_rate * declared_patients
-        _train_privately(task, model, optimizer, plan, steps, expected, randomness.noise)
+        check_room(len(patients), declared_patients)
+        step = private_step(task, model, optimizer, plan, declared_patients, randomness.noise)
+        passes = passes_of(task, plan, declared_patients)
+
+        def train() -> None:
+            for chosen, drawn in steps:
+                step(passes.of_step(chosen, len(patients), drawn))
+
+        with_subnormals_flushed(train)
+        step.close()
     else:
         ordinary = OrdinaryStep(model, optimizer, task.loss)
         for chosen, drawn in steps:
@@ -117,30 +130,38 @@ def train_round(
     return pack(model)
 
 
-def _train_privately(
-    task: Task,
-    model: nn.Module,
-    optimizer: Optimizer,
-    plan: RunPlan,
-    steps: Iterable[tuple[Tensor, Callable[[Tensor], Batch]]],
-    expected_patients: float,
-    noise: NoiseSource,
-) -> None:
-    """Take each step on the patients chosen for it ``(B,)``, in passes of one shape."""
-    size = patients_at_once(plan.records_per_patient, task.records_at_once, expected_patients)
-    step = PrivateStep(
+def private_step(
+    task: Task, model: nn.Module, optimizer: Optimizer, plan: RunPlan, declared_patients: int, noise: NoiseSource
+) -> PrivateStep:
+    """Return the plan's private step on ``model``."""
+    return PrivateStep(
         model,
         optimizer,
         task.loss,
         noise_multiplier=plan.noise_multiplier,
         max_grad_norm=plan.max_grad_norm,
-        expected_patients=expected_patients,
+        expected_patients=plan.sample_rate * declared_patients,
         noise=noise,
         engine=plan.engine,
     )
-    for chosen, drawn in steps:
-        step(padded_parts(chosen, size, drawn))
-    step.close()
+
+
+def passes_of(task: Task, plan: RunPlan, declared_patients: int) -> Passes:
+    """Return the passes of each of the plan's private steps."""
+    return Passes.of(plan.records_per_patient, task.records_at_once, declared_patients, plan.sample_rate)
+
+
+def check_room(patients: int, declared_patients: int) -> None:
+    """Check that a private step has room for the patients of a site.
+
+    Raises:
+        PolicyError: If there are too many.
+    """
+    if patients > (most := most_patients(declared_patients)):
+        raise PolicyError(
+            f"The store holds more than {most} patients, the most for {declared_patients} declared ones. Declare more "
+            "with 'fedward-site declare', have the server's operator enrol that, and start the daemon again."
+        )
 
 
 def draw_own(patients: PatientDataset, chosen: Tensor, records_per_patient: int, key: bytes) -> Batch:

@@ -29,6 +29,9 @@ MAX_NOISE_MULTIPLIER = 64.0
 _MIN_NOISE_MULTIPLIER = 0.05
 """Below this the PLD of one step no longer fits in memory and epsilon is in the hundreds: no privacy at all."""
 _CALIBRATION_TOLERANCE = 1e-3
+OVERFLOW_PROBABILITY = 2.0**-50
+"""How likely a step's sample is, at most, to be larger than the public number that :mod:`shared.dp.passes` has room
+for."""
 _LOSS_INTERVAL = 5e-4
 """Width of a step of the discretised privacy loss. Rounding goes the private way; dp_accounting's own is 1e-4, which
 takes five times as long in every round for an epsilon that is smaller by a relative 1e-6 to 2e-4."""

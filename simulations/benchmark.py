@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from shared.dp.memory import keep_freed_memory
 from shared.dp.noise import SeededNoise
-from shared.dp.step import PrivateStep, padded_parts, patients_at_once
+from shared.dp.passes import Passes
+from shared.dp.step import PrivateStep
 from shared.errors import PlanError, StorageError
 from shared.files import storage_errors, write_atomic
 from shared.tasks.base import Batch
@@ -196,8 +197,8 @@ def _bookkeeping(case: Case, inputs: Tensor, targets: Tensor) -> Step:
     )
     parts = [whole]
     if case.records > 1:
-        size = patients_at_once(case.records, TASK.records_at_once, len(whole))
-        parts = list(padded_parts(torch.arange(len(whole)), size, partial(_chosen, whole)))
+        passes = Passes.of(case.records, TASK.records_at_once, len(whole), 1.0)
+        parts = list(passes.of_step(torch.arange(len(whole)), len(whole), partial(_chosen, whole)))
     return lambda: step(parts)
 
 

@@ -16,9 +16,9 @@ from typing import Final
 import torch
 from torch import Generator
 
-from client.training import draw_own, hold_all_but, make_optimizer
+from client.training import draw_own, hold_all_but, make_optimizer, passes_of, private_step
 from shared.dp.noise import SeededNoise
-from shared.dp.step import OrdinaryStep, PrivateStep, padded_parts, patients_at_once
+from shared.dp.step import OrdinaryStep
 from shared.drafting import draft_plan
 from shared.plan import RunPlan
 from shared.records import RecordStore
@@ -55,18 +55,10 @@ def _private(
     task: Task, patients: PatientDataset, plan: RunPlan, chosen: torch.Tensor, draw: Callable[[torch.Tensor], Batch]
 ) -> Step:
     model = task.build().train()
-    expected = plan.sample_rate * len(patients)
-    step = PrivateStep(
-        model,
-        make_optimizer(hold_all_but(task.private(model), model), plan, 1),
-        task.loss,
-        noise_multiplier=plan.noise_multiplier,
-        max_grad_norm=plan.max_grad_norm,
-        expected_patients=expected,
-        noise=SeededNoise(Generator().manual_seed(0)),
-    )
-    size = patients_at_once(plan.records_per_patient, task.records_at_once, expected)
-    return lambda: step(padded_parts(chosen, size, draw))
+    optimizer = make_optimizer(hold_all_but(task.private(model), model), plan, 1)
+    step = private_step(task, model, optimizer, plan, len(patients), SeededNoise(Generator().manual_seed(0)))
+    passes = passes_of(task, plan, len(patients))
+    return lambda: step(passes.of_step(chosen, len(patients), draw))
 
 
 def _ordinary(task: Task, plan: RunPlan, chosen: torch.Tensor, draw: Callable[[torch.Tensor], Batch]) -> Step:

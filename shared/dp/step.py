@@ -12,22 +12,26 @@ never the batch's size or the true count, which are sensitive.
 
 | case | what happens |
 | --- | --- |
-| nobody was sampled | a noise-only step like any other, after one pass over padding |
-| a patient's gradient is not finite | the patient counts with blank records, within the bound; NaN would void it |
-| not even padding's gradient is finite | hostile weights: nobody contributes, the step is noise only |
-| more patients than one pass takes | passes of one size; clipped sums add up, noise is added once |
+| nobody was sampled | a noise-only step like any other, after as many passes over padding |
+| a patient's gradient is not finite | the patient adds nothing, which is within the bound; NaN would void it |
+| weights under which nobody's gradient is finite | nobody adds anything, the step is noise only |
+| more patients than one pass takes | the clipped sums of all passes add up, noise is added once |
 
-Every pass has the same shape, made of public numbers and filled up with padding that counts zero, at least one row of
-it. Kernels round differently for different shapes; under weights made for it, one patient more could otherwise change
-the other patients' rounded gradients, and with them the sum by more than C. It also makes memory, and so running out
-of it, independent of the data.
+Every step has the same number of passes, all of one shape. Both are made of public numbers (:mod:`shared.dp.passes`);
+rows that nobody fills are padding, which counts zero. Kernels round differently for different shapes; under weights
+made for it, one patient more could otherwise change the other patients' rounded gradients, and with them the sum by
+more than C. One shape also makes memory, and so running out of it, independent of the data.
+
+The work of a step is constant: the same operations on the same shapes, whoever was sampled and whatever their gradients
+are. The server chooses the weights and sees when a reply comes. Work that depended on a patient would be a message
+about that patient outside the ledger. So nothing here branches on a value: rows that do not count are cleared by an
+operation of constant work (:func:`shared.dp.tape.counted`), and no pass is run again. Numbers too small for the normal
+format, which take a processor many times as long, are taken as zero (:mod:`shared.dp.subnormals`).
 """
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -38,12 +42,6 @@ from shared.dp.optimizer import NoisySum
 from shared.tasks.base import Batch
 
 Loss = Callable[[nn.Module, Batch], Tensor]
-_RECORDS_AT_ONCE = 64
-_OF_WHOM_ONE_MORE, _A_FEW = 10, 5
-"""How many more than expected the passes have room for: one for every ten, and five.
-
-Declared numbers are rounded and samples vary, and a pass with hardly anybody in it costs as much as a full one.
-"""
 
 
 class Engine(Protocol):
@@ -53,7 +51,10 @@ class Engine(Protocol):
         """Expect a forward and backward pass over ``patients`` patients."""
 
     def clipped_sum(self, losses: Tensor, bound: float, real: int) -> Tensor:
-        """Set ``grad`` to the clipped sum of the first ``real`` patients; return all norms ``(B,)``."""
+        """Set ``grad`` to the clipped sum of the first ``real`` patients; return all norms ``(B,)``.
+
+        A patient whose norm is not finite adds nothing, and the work is the same whichever patients those are.
+        """
 
     def close(self) -> None:
         """Detach from the model."""
@@ -99,7 +100,7 @@ class PrivateStep:
         )
 
     def __call__(self, parts: Iterable[Batch]) -> None:
-        """Take one step on the patients of all ``parts``, each padded to one size by :func:`padded_parts`."""
+        """Take one step on the patients of all ``parts``, of one size: :meth:`shared.dp.passes.Passes.of_step`."""
         waiting: Batch | None = None
         for part in parts:
             if waiting is not None:
@@ -114,19 +115,11 @@ class PrivateStep:
         self._engine.close()
 
     def _pass(self, part: Batch, *, last: bool) -> None:
-        broken = ~self._clipped_sum(part).isfinite()
-        if broken[-1]:
-            for parameter in self._optimizer.params:
-                parameter.grad = torch.zeros_like(parameter)
-        elif broken.any():
-            self._clipped_sum(part.blank(broken))
+        self._engine.start(len(part))
+        self._engine.clipped_sum(self._loss(self._model, part), self._bound, part.real)
         self._optimizer.signal_skip_step(not last)
         self._optimizer.step()
         self._optimizer.zero_grad()
-
-    def _clipped_sum(self, part: Batch) -> Tensor:
-        self._engine.start(len(part))
-        return self._engine.clipped_sum(self._loss(self._model, part), self._bound, part.real)
 
 
 class OrdinaryStep:
@@ -142,32 +135,3 @@ class OrdinaryStep:
         self._optimizer.zero_grad()
         self._loss(self._model, batch).mean().backward()
         self._optimizer.step()
-
-
-def patients_at_once(records_per_patient: int, most_records: int | None = None, expected_patients: float = 0.0) -> int:
-    """Return how many patients one pass takes beside one row of padding: a public number, made of public ones.
-
-    Args:
-        records_per_patient: K.
-        most_records: How many records a pass may have at most, where they are so small that a pass costs more for
-            being one than for what is in it. Then all who are expected, and a few more, share as few passes as
-            possible. By default a pass takes ``_RECORDS_AT_ONCE``, whoever is expected.
-        expected_patients: The public normaliser of the step, or any other public constant.
-    """
-    if most_records is None:
-        return max(1, _RECORDS_AT_ONCE // records_per_patient - 1)
-    most = max(1, most_records // records_per_patient - 1)
-    wanted = math.ceil(expected_patients + expected_patients / _OF_WHOM_ONE_MORE) + _A_FEW
-    return math.ceil(wanted / math.ceil(wanted / most))
-
-
-def padded_parts(patients: Tensor, size: int, draw: Callable[[Tensor], Batch]) -> Iterable[Batch]:
-    """Yield the batches of one step, drawn one at a time and all of one size; one of padding if nobody joins.
-
-    Args:
-        patients: ``(B,)`` who was sampled.
-        size: Patients in a batch, from :func:`patients_at_once`; a row of padding comes on top.
-        draw: Draws the records of some patients.
-    """
-    for part in patients.split(size) if len(patients) else (patients,):
-        yield draw(part).padded(size + 1)

@@ -53,12 +53,17 @@ class Batch:
         }
         return Batch(filled, self.padding + missing)
 
-    def blank(self, rows: Tensor) -> "Batch":
-        """Return the batch with the chosen rows ``(B,)`` set to zeros, as padding is."""
-        cleared = {name: tensor.clone() for name, tensor in self.fields.items()}
-        for tensor in cleared.values():
-            tensor[rows] = 0
-        return Batch(cleared, self.padding)
+    def first(self, real: int) -> "Batch":
+        """Return the batch with all rows after the first ``real`` cleared: zeros that are no patients.
+
+        The work is the same for every ``real``.
+        """
+
+        def cleared(tensor: Tensor) -> Tensor:
+            kept = torch.arange(len(tensor), device=tensor.device) < real
+            return torch.where(kept.view(-1, *[1] * (tensor.dim() - 1)), tensor, torch.zeros_like(tensor))
+
+        return Batch({name: cleared(tensor) for name, tensor in self.fields.items()}, len(self) - real)
 
     def to(self, device: str) -> "Batch":
         """Return the batch on another device."""
@@ -130,7 +135,7 @@ class Task:
         settle: Changes the aggregated model in place, at the server.
         judged_every: The server evaluates after every so many rounds, and at the start and the end.
         records_at_once: Most records in one pass of a private step, for a task of small records; see
-            :func:`shared.dp.step.patients_at_once`.
+            :class:`shared.dp.passes.Passes`.
         augmented_by: Name of the task whose checkpoints can draw synthetic patients for this one; empty if none can.
         as_patients: Draws so many synthetic patients from a model, as a store; the same from the same model.
         example: Makes ``N`` random inputs of the model, ``(N, ...)``; without it the model cannot be exported.

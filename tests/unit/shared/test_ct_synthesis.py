@@ -50,7 +50,7 @@ def model() -> ConditionalGan:
 
 def train(store: RecordStore, model: ConditionalGan, plan: Any = PLAN, key: int = 1) -> ConditionalGan:
     randomness = replace(Randomness.secure(key.to_bytes(32, "big")), noise=Silence())
-    weights = train_round(TASK, TASK.load(store), plan, 1, pack(model), declared_patients=12, randomness=randomness)
+    weights = train_round(TASK, TASK.load(store), plan, 1, pack(model), declared_patients=30, randomness=randomness)
     trained = ct_synthesis.build()
     unpack(weights, trained)
     return trained
