@@ -114,7 +114,9 @@ def intake(
     [glucose] of site.toml may name. The server's reference patients are prepared by the same command.
     """
     from client.setup import fill_store
+    from shared.errors import PolicyError
 
+    opened = open_site(site)
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=ERRORS) as progress:
         stages: dict[str, Any] = {}
 
@@ -123,8 +125,12 @@ def intake(
                 stages[stage] = progress.add_task(stage, total=total)
             progress.update(stages[stage], completed=done)
 
-        report, replaced = fill_store(open_site(site), export, annotations, workers=_workers(workers), on_progress=tell)
+        report, replaced = fill_store(opened, export, annotations, workers=_workers(workers), on_progress=tell)
     _show_intake(report)
+    try:
+        opened.check_patients()
+    except PolicyError as error:
+        warn(str(error))
     if replaced:
         warn("The store was replaced. The ledger goes on composing: patients of the old store may be in the new one.")
 
@@ -140,6 +146,7 @@ def start(site: SiteFolder) -> None:
     if not policy.server:
         raise StorageError(f'{site / "site.toml"} names no server; give it one: server = "host:port".')
     opened.check_augmentation()
+    opened.check_patients()
     configure_logs()
     opened.audit.note("started", policy=policy.digest)
     connection = Connection(

@@ -5,8 +5,10 @@ from datetime import datetime
 import numpy as np
 
 from client.config import SitePolicy
+from client.training import hold_all_but
 from shared.accounting import Mechanism, epsilon_of
-from shared.errors import BudgetExceeded, ErrorCode, PolicyError
+from shared.dp.step import ENGINES
+from shared.errors import BudgetExceeded, ErrorCode, FederationError, PolicyError
 from shared.plan import RunPlan
 from shared.tasks.base import Task
 from shared.tasks.registry import find_task
@@ -34,6 +36,22 @@ def check_plan(plan: RunPlan, policy: SitePolicy) -> None:
     }
     if broken := [rule for rule, refused in refusals.items() if refused]:
         raise PolicyError(f"The plan is refused: {'; '.join(broken)}. Change the plan or site.toml.")
+
+
+def check_engine(plan: RunPlan, task: Task) -> None:
+    """Check that the plan's engine can clip the gradients of the task's model, before anything is spent.
+
+    Raises:
+        PolicyError: If it cannot.
+    """
+    if not plan.private:
+        return
+    model = task.build()
+    hold_all_but(task.private(model), model)
+    try:
+        ENGINES[plan.engine](model).close()
+    except FederationError as error:
+        raise PolicyError(f"The plan is refused: engine {plan.engine!r} cannot train {task.name}. {error}") from error
 
 
 def check_budget(earlier: tuple[Mechanism, ...], proposed: Mechanism, plan: RunPlan, policy: SitePolicy) -> float:

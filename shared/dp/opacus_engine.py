@@ -8,12 +8,23 @@ from torch import Tensor, nn
 
 from shared.dp.clipping import clip_coefficients
 from shared.dp.tape import square_norm, weighted_sum
+from shared.errors import FederationError
 
 
 class OpacusHooks:
-    """See :class:`shared.dp.engine.BookKeeping` for the interface."""
+    """See :class:`shared.dp.engine.BookKeeping` for the interface.
+
+    Raises:
+        FederationError: If the model has trainable layers that Opacus has no hooks for, such as ``nn.LSTM``.
+    """
 
     def __init__(self, model: nn.Module) -> None:
+        recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+        if recurrent or GradSampleModule.validate(model, strict=False):
+            raise FederationError(
+                "Opacus has no hooks for some of the model's layers (recurrent ones, for instance). "
+                "Use engine = 'bookkeeping'."
+            )
         self._module = GradSampleModule(model, loss_reduction="sum")
         # Opacus 1.6 computes wrong gradients on channels-last convolution inputs (its unfold2d assumes NCHW).
         self._guards = [

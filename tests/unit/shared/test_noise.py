@@ -1,12 +1,14 @@
 """The noise: its distribution, its secrecy, and what its last bits tell."""
 
 import math
+from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 from shared.dp.noise import KeyStream, SecureNoise, SeededNoise, grid_step
 
@@ -48,12 +50,52 @@ def test_neighbours_are_uncorrelated(normal: np.ndarray) -> None:
     assert abs(np.corrcoef(np.abs(normal[:-1]), np.abs(normal[1:]))[0, 1]) < 0.008
 
 
-def test_no_word_gives_an_infinite_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    extremes = np.array([0, 1, 2, 2**63, 2**64 - 2, 2**64 - 1], np.uint64)
-    monkeypatch.setattr(KeyStream, "words", lambda _self, _count: extremes)
-    values = KeyStream(KEY, b"x").normal(len(extremes))
+class Given(KeyStream):
+    """A stream of given words."""
+
+    def __init__(self, *words: int) -> None:
+        self._left = list(words)
+
+    def words(self, count: int) -> np.ndarray:
+        """Return the next words."""
+        taken, self._left = self._left[:count], self._left[count:]
+        return np.array(taken, np.uint64)
+
+
+def test_no_word_gives_an_infinite_value() -> None:
+    extremes = [0, 1, 2, 2**63, 2**64 - 2, 2**64 - 1]
+    values = Given(*extremes, 0, 2**64 - 1, 0).normal(len(extremes))
     assert np.isfinite(values).all()
-    assert 9 < np.abs(values).max() < 9.3
+    assert 13.1 < np.abs(values).max() < 13.11
+
+
+def test_the_tail_has_128_bits_behind_it() -> None:
+    """The tail's probability is what the words name, to the last bits; 64 bits ended at 9.1 standard deviations."""
+    uniforms, values = [], []
+    for head in (0, 1, 5, 2**20, 2**52, 2**53 - 1, 2**53, 2**60, 2**63 - 1):
+        for more in (0, 1, 2**32, 2**63, 2**64 - 1):
+            values.append(Given(2 * head, more).normal(1)[0])
+            exact = Fraction(head) + (Fraction(2 * more + 1, 2**65) if head < 2**53 else Fraction(1, 2))
+            uniforms.append(exact / 2**64)
+            assert Given(2 * head + 1, more).normal(1)[0] == -values[-1]
+    logs = np.array([math.log(u.numerator) - math.log(u.denominator) for u in uniforms])
+    np.testing.assert_allclose(special.log_ndtr(-np.array(values)), logs, rtol=1e-13, atol=1e-12)
+    assert all(one >= other for one, other in pairwise(values))
+    assert min(uniforms) == Fraction(1, 2**129)
+
+
+def test_a_word_more_is_taken_where_the_first_is_small_and_leaves_the_draws_independent() -> None:
+    words = KeyStream(KEY, b"noise").words(COUNT + 1000)
+    small = np.flatnonzero(words[:COUNT] >> np.uint64(1) < 2**53)
+    assert len(small) == pytest.approx(COUNT / 1024, rel=0.2)
+    stream = KeyStream(KEY, b"noise")
+    first = stream.normal(COUNT)
+    rest = words[COUNT + len(small) :]
+    np.testing.assert_array_equal(stream.words(len(rest)), rest)
+    plain = -special.ndtri(((words[:COUNT] >> np.uint64(1)).astype(float) + 0.5) * 2.0**-64)
+    others = np.delete(np.arange(COUNT), small)
+    np.testing.assert_array_equal(np.abs(first)[others], np.abs(plain)[others])
+    np.testing.assert_allclose(np.abs(first)[small], plain[small], rtol=1e-3)
 
 
 @pytest.mark.parametrize("bit", [0, 31, 32, 63, 64, 128, 255])
@@ -106,8 +148,23 @@ def test_nothing_but_the_cipher_feeds_secure_noise() -> None:
 
 @pytest.mark.parametrize("deviation", [1.0, 1.999])
 def test_cells_that_the_words_resolve_badly_are_as_rare_as_the_docstring_says(deviation: float) -> None:
-    """A word resolves the tail to 2⁻⁶⁴; where is that 2⁻¹⁰ of a grid cell's mass, and how often is it met?"""
+    """The words resolve the tail to 2⁻¹²⁸; where is that 2⁻¹⁰ of a grid cell's mass, and how often is it met?"""
     width = grid_step(deviation) / deviation
-    edge = optimize.brentq(lambda z: stats.norm.pdf(z) * width - 2.0**-54, 3.0, 9.0)
-    assert edge > 6.6
-    assert 2 * stats.norm.sf(edge) < 4e-11
+    edge = optimize.brentq(lambda z: stats.norm.logpdf(z) + math.log(width) + 118 * math.log(2), 3.0, 13.0)
+    assert edge > 11.5
+    assert 2**44 * 2 * stats.norm.sf(edge) < 2.0**-55
+
+
+def test_outputs_that_only_one_neighbour_gives_are_as_rare_as_the_docstring_says() -> None:
+    """Of 10⁶ steps at noise multiplier 0.3, however many coordinates share the patient's move."""
+    reach = -special.ndtri(2.0**-129)
+    for sharing in (1, 2, 3, 10, 1000, 10**7):
+        beyond = 2 * sharing * stats.norm.sf(reach - 1 / 0.3 / math.sqrt(sharing))
+        assert 10**6 * beyond < 2.0**-50
+
+
+@pytest.mark.parametrize("signal", [1e3, 1e8, -1e8])
+def test_a_large_sum_takes_no_bits_from_the_noise(signal: float) -> None:
+    """The sum's whole cells are added exactly: shifting the sum by them shifts the output, to the bit."""
+    noise = [SecureNoise(KeyStream(KEY, b"noise")).add(torch.full((2000,), s), 1.0) for s in (0.0, signal)]
+    assert torch.equal(noise[1] - signal, noise[0])
