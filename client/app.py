@@ -1,7 +1,8 @@
 """The hospital's Flower ``ClientApp``: every message is answered by the site and passes the guard.
 
 The node's own configuration, which the hospital sets, names the site's folder and the server; nothing the server
-sends does.
+sends does. Neither of them can make the noise repeatable: a seed is an argument of :class:`SiteApp`, which only code
+can give, and :data:`app`, which a hospital runs, has none.
 """
 
 from pathlib import Path
@@ -12,25 +13,31 @@ from flwr.clientapp import ClientApp
 from client import guard
 from client.site import Site
 
-SITE_FOLDER, SIMULATION_SEED, SERVER_FINGERPRINT = "site-folder", "simulation-seed", "server-fingerprint"
+SITE_FOLDER, SERVER_FINGERPRINT = "site-folder", "server-fingerprint"
 
 
 class SiteApp(ClientApp):
     """Answers messages of every type, the unknown ones with a code.
 
     Flower's own dispatch raises on a type that has no function, and its runtime would send that exception's text.
+
+    Args:
+        simulation_seed: Makes the noise repeatable, so that it protects nobody: for simulations and tests.
     """
+
+    def __init__(self, simulation_seed: int | None = None) -> None:
+        super().__init__()
+        self._simulation_seed = simulation_seed
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Return what may leave the hospital in answer to ``message``."""
-        return guard.release(message, lambda: _site(context).answer(message.metadata.message_type, message.content))
+        return guard.release(
+            message, lambda: self._site(context).answer(message.metadata.message_type, message.content)
+        )
+
+    def _site(self, context: Context) -> Site:
+        config = context.node_config
+        return Site(Path(str(config[SITE_FOLDER])), self._simulation_seed, str(config.get(SERVER_FINGERPRINT, "")))
 
 
 app = SiteApp()
-
-
-def _site(context: Context) -> Site:
-    config = context.node_config
-    seed = config.get(SIMULATION_SEED)
-    server = str(config.get(SERVER_FINGERPRINT, ""))
-    return Site(Path(str(config[SITE_FOLDER])), None if seed is None else int(seed), server)

@@ -15,6 +15,8 @@ One train request, the lines ``asked`` and ``reserved``, then ``released``; what
 | ``released``, before the ledger's  | log one line ahead         | ``recovered``: nothing left; ``resumed``  |
 | the ledger's commit                | they agree                 | the repeated request is ``replayed``      |
 
+A line ``reserved`` names the mechanism and, as ``noise``, where its noise comes from.
+
 So a log is at most one ``asked`` and one more line ahead of its ledger. Further ahead, the ledger is an old copy.
 
 What this does not show: somebody who rewrites both files together, or restores both from one back-up. Note the head
@@ -36,6 +38,8 @@ from shared.errors import ErrorCode, FederationError, StorageError
 from shared.files import storage_errors, sync_directory
 
 ASKED = "asked"
+CHACHA20, SEEDED, NOISELESS = "chacha20", "seeded", "none"
+"""What a line ``reserved`` says of the release's noise: from a secret key, from a simulation's seed, or none."""
 
 
 class AuditSession:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from client.audit import AuditLog, may_be_unconfirmed
+from client.audit import NOISELESS, SEEDED, AuditLog, may_be_unconfirmed
 from client.chain import MAX_TORN_BYTES, RECOVERED, Chain, Entry, Head, lines_between
 from client.ledger import Release
 
@@ -18,7 +18,7 @@ class Verification:
 
     Attributes:
         problems: One sentence each; empty if the log is whole and agrees with the ledger.
-        remarks: What a crash left and the next start settles; no problem.
+        remarks: What a crash left and the next start settles, and releases without secret noise; no problem.
         head: The end of the chain, worth noting outside this machine.
     """
 
@@ -35,6 +35,7 @@ def verify(log: AuditLog) -> Verification:
     """
     chain, head, releases = log.read()
     problems, remarks, unconfirmed = _end_of_chain(chain, head)
+    remarks = [*remarks, *_unprotected(chain.entries)]
     problems = [*chain.faults, *problems, *_disagreements(chain.entries, unconfirmed, releases)]
     end = chain.entries[-1].head if chain.entries else Head()
     return Verification(tuple(problems), tuple(remarks), end)
@@ -85,6 +86,16 @@ def _disagreements(entries: Sequence[Entry], unconfirmed: Sequence[Entry], relea
         elif entry.event in _LEFT and held.committed_at is None:
             problems.append(f"Line {entry.sequence} says that {name} was {entry.event}; the ledger never released it.")
     return problems
+
+
+def _unprotected(entries: Sequence[Entry]) -> list[str]:
+    """Name the reservations whose noise protects nobody, as the log itself says."""
+    means = {SEEDED: "with a simulation's seeded noise, which protects nobody", NOISELESS: "without noise"}
+    return [
+        f"Line {entry.sequence} reserved round {entry.fields.get('round')} of run {entry.fields.get('run')} {meaning}."
+        for entry in entries
+        if entry.event == "reserved" and (meaning := means.get(str(entry.fields.get("noise"))))
+    ]
 
 
 def _never_confirmed(entries: Sequence[Entry]) -> list[Entry]:

@@ -26,13 +26,13 @@ from client.keys import read_authority, read_key, server_fingerprint
 from client.link import Link, LinkRefused, Stopped, UnacceptableMessage
 from client.status import HEALTH_PORT_FILE, Status
 from shared.dp.memory import share_arenas
-from shared.errors import ErrorCode, PolicyError, StorageError
+from shared.errors import ErrorCode, StorageError
 from shared.files import storage_errors, write_atomic
 from shared.messages import CONFIG, error_code, error_reply
 from shared.telemetry import serve
 
 App = Callable[[Message, Context], Message]
-TEST_SEED, NODE_FILE, LOCK_FILE = "FEDWARD_TEST_SEED", "node-id", "daemon.lock"
+NODE_FILE, LOCK_FILE = "node-id", "daemon.lock"
 _KINDS = ("query", "train", "evaluate")
 _LEAST_POLL_S, _MOST_POLL_S = 0.05, 2.0
 _GRACE_S = 0.5
@@ -76,7 +76,6 @@ def run_daemon(
 
     Raises:
         StorageError: If the key or certificate cannot be read, another daemon serves the folder, or a port is taken.
-        PolicyError: If a test's seed is set outside a test.
     """
     share_arenas()
     with ExitStack() as stack:
@@ -111,21 +110,9 @@ def node_config(folder: Path) -> dict[str, str | int | float | bool]:
     """Return what the ``ClientApp`` is told about its node; the server's configuration is never part of it.
 
     Raises:
-        PolicyError: If a test's seed is set outside a test.
         StorageError: If the server's certificate cannot be read.
     """
-    config: dict[str, str | int | float | bool] = {
-        "site-folder": str(folder),
-        "server-fingerprint": server_fingerprint(folder),
-    }
-    if seed := os.environ.get(TEST_SEED):
-        if "PYTEST_CURRENT_TEST" not in os.environ:
-            raise PolicyError(
-                f"{TEST_SEED} is set, which would make this hospital's noise predictable and its training not "
-                "private. Remove it from the environment; it is for the project's own tests."
-            )
-        config["simulation-seed"] = int(seed)
-    return config
+    return {"site-folder": str(folder), "server-fingerprint": server_fingerprint(folder)}
 
 
 def answer(app: App, message: Message, context: Context) -> Message:

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from flwr.app import RecordDict
 
-from client.audit import AuditLog, AuditSession
+from client.audit import CHACHA20, NOISELESS, SEEDED, AuditLog, AuditSession
 from client.augmentation import Augmented, Synthetic, load_synthetic
 from client.chain import Head
 from client.config import SitePolicy, is_name
 from client.ledger import Ledger, ReleaseRequest, Reservation
-from client.policy import check_budget, check_hours, check_plan, check_weights
-from client.training import Randomness, train_round
+from client.policy import check_budget, check_engine, check_hours, check_plan, check_weights
+from client.training import Randomness, check_room, train_round
 from shared.accounting import Mechanism, epsilon_of
 from shared.dp.noise import KEY_BYTES
 from shared.errors import ErrorCode, PolicyError, ProtocolError
@@ -107,6 +107,16 @@ class Site:
             raise PolicyError("site.toml has augment-with, but no task of it takes synthetic patients. Take it out.")
         for task in takers:
             self.synthetic(task)
+
+    def check_patients(self) -> None:
+        """Check that a private step has room for all patients of the store, if there is one.
+
+        Raises:
+            PolicyError: If there are too many for the declared number.
+            StorageError: If the store is damaged.
+        """
+        if (self.folder / STORE).exists():
+            check_room(len(self.store), self.policy.declared_patients)
 
     def answer(self, kind: str, content: RecordDict) -> SiteOffer | TrainReply:
         """Answer a message of any type, or raise what the guard turns into a code.
@@ -213,6 +223,7 @@ class Site:
                     "sample_rate": reserving.sample_rate,
                     "noise_multiplier": reserving.noise_multiplier,
                     "steps": reserving.steps,
+                    "noise": self._noise_source if plan.private else NOISELESS,
                 }
             return log.announce(act, **asked, **details, epsilon=_finite(epsilon_of(composed, plan.delta)))
 
@@ -221,8 +232,10 @@ class Site:
     def _admit(self, plan: RunPlan) -> Task:
         check_plan(plan, self.policy)
         task = find_task(plan.task)
+        check_engine(plan, task)
         if self.store.kind != task.store_kind:
             raise PolicyError(f"The prepared store holds {self.store.kind}, the task reads {task.store_kind}.")
+        self.check_patients()
         return task
 
     def _run(self, name: str) -> str:
@@ -234,6 +247,11 @@ class Site:
             return secrets.token_bytes(KEY_BYTES)
         text = f"{self.simulation_seed}/{self.policy.name}/{request.digest}"
         return hashlib.sha256(text.encode()).digest()
+
+    @property
+    def _noise_source(self) -> str:
+        """What the audit log calls the source of this site's noise."""
+        return CHACHA20 if self.simulation_seed is None else SEEDED
 
     def _randomness(self, key: bytes) -> Randomness:
         return Randomness.secure(key) if self.simulation_seed is None else Randomness.simulated(key)

@@ -27,17 +27,17 @@ _FIRST_NODE = 100
 
 def answer(message: Message, folder: str, seed: int) -> Message:
     """Let the site in ``folder`` answer one message with the real ``ClientApp``."""
-    from client.app import SIMULATION_SEED, SITE_FOLDER, app  # noqa: PLC0415 - heavy, and needed in workers only
+    from client.app import SITE_FOLDER, SiteApp  # noqa: PLC0415 - heavy, and needed in workers only
 
     node = message.metadata.dst_node_id
     context = Context(
         run_id=_RUN_ID,
         node_id=node,
-        node_config={SITE_FOLDER: folder, SIMULATION_SEED: seed},
+        node_config={SITE_FOLDER: folder},
         state=RecordDict(),
         run_config={},
     )
-    return app(message, context)
+    return SiteApp(seed)(message, context)
 
 
 def _start_worker() -> None:

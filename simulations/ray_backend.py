@@ -42,12 +42,11 @@ class _SiteApp(ClientApp):
         """Answer one message inside a Ray actor."""
         import torch  # noqa: PLC0415 - inside the actor
 
-        from client.app import SIMULATION_SEED, SITE_FOLDER, app  # noqa: PLC0415 - inside the actor
+        from client.app import SITE_FOLDER, SiteApp  # noqa: PLC0415 - inside the actor
 
         torch.set_num_threads(1)
-        context.node_config[SIMULATION_SEED] = self._seed
         context.node_config[SITE_FOLDER] = self._folders[int(context.node_config["partition-id"])]
-        return app(message, context)
+        return SiteApp(self._seed)(message, context)
 
 
 def run_on_ray(

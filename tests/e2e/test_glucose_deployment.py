@@ -21,6 +21,7 @@ from simulations.sources import find_source
 from simulations.warnings import read_records, seconds_of, total
 
 pytestmark = pytest.mark.timeout(600)
+HERE = Path(__file__).parent
 SEED, ROUNDS, PATIENTS, DAYS, RUN = 3, 10, 6, 3, "glucose"
 SITES, REFERENCE = ("site-2", "site-3", "site-4"), "site-1"
 
@@ -50,7 +51,9 @@ def consortium(tmp_path: Path, hospitals: Path) -> Iterator[Deployment]:
 def train(whole: Deployment) -> Path:
     """Run ten rounds; return the checkpoint that the operator gives to the hospitals."""
     for name in ("server", *SITES):
-        whole.start(name, {"FEDWARD_TEST_SEED": str(SEED)})
+        whole.start(
+            name, {"PYTHONPATH": str(HERE), "SITE_SEED": str(SEED)}, module="" if name == "server" else "seeded_site"
+        )
     whole.wait_connected(*SITES)
     plan = whole.folder / "plan.toml"
     plan.write_text(

@@ -11,7 +11,7 @@ from flwr.app.metadata import Metadata
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.app import SIMULATION_SEED, SITE_FOLDER
+from client.app import SERVER_FINGERPRINT, SITE_FOLDER
 from client.app import app as hospital_app
 from client.channel import Backoff, LinkFault
 from client.daemon import Connection, answer, node_config, poll_pause_s, run_daemon
@@ -19,7 +19,7 @@ from client.keys import make_key
 from client.link import object_pause_s
 from client.site import AUDIT, open_books
 from client.status import Status
-from shared.errors import PolicyError, StorageError
+from shared.errors import StorageError
 
 
 @pytest.fixture
@@ -78,13 +78,12 @@ def test_the_hospitals_own_app_answers_nonsense_with_a_code_and_a_line_in_the_au
     assert (tmp_path / AUDIT).read_text().count("\n") == before + 1
 
 
-def test_the_seed_of_a_test_reaches_the_app_in_a_test_only(folder, monkeypatch):
-    assert SIMULATION_SEED not in node_config(folder)
-    monkeypatch.setenv("FEDWARD_TEST_SEED", "7")
-    assert node_config(folder)[SIMULATION_SEED] == 7
-    monkeypatch.delenv("PYTEST_CURRENT_TEST")
-    with pytest.raises(PolicyError, match="FEDWARD_TEST_SEED"):
-        run_daemon(folder, Connection(server="127.0.0.1:1"))
+def test_a_node_is_told_its_folder_and_server_whatever_the_environment_holds(folder, monkeypatch):
+    before = node_config(folder)
+    assert set(before) == {SITE_FOLDER, SERVER_FINGERPRINT}
+    for name in ("FEDWARD_TEST_SEED", "FEDWARD_SEED", "SIMULATION_SEED", "PYTEST_CURRENT_TEST"):
+        monkeypatch.setenv(name, "7")
+    assert node_config(folder) == before
 
 
 def test_two_daemons_do_not_share_a_folder(folder):

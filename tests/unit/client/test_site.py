@@ -9,18 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 
 import client.site
-from client.app import SITE_FOLDER, app
+from client.app import SITE_FOLDER, SiteApp, app
 from client.audit_check import verify
 from client.config import SitePolicy
+from client.policy import check_engine
 from client.site import Site, open_books
 from shared.accounting import epsilon_of
 from shared.errors import BudgetExceeded, ErrorCode, PlanError, PolicyError, ProtocolError
 from shared.messages import PlanQuery, TrainReply, TrainRequest, error_code
 from shared.plan import RunPlan
-from shared.tasks.registry import find_task
+from shared.tasks.registry import all_tasks, find_task
 from shared.weights import pack
 
 PLAN = RunPlan(
@@ -58,10 +60,13 @@ def request(number: int = 1, plan: RunPlan = PLAN, run: str = "run", shift: floa
 
 
 def ask(site: Site, kind: str, content: RecordDict) -> Message:
-    context = Context(1, 5, {SITE_FOLDER: str(site.folder)}, RecordDict(), {})
+    return _answer(app, {SITE_FOLDER: str(site.folder)}, kind, content)
+
+
+def _answer(asked: SiteApp, config: dict[str, Any], kind: str, content: RecordDict) -> Message:
     message = Message(content, reply_to=_incoming(kind))
     message.metadata.__dict__["_message_type"] = kind
-    return app(message, context)
+    return asked(message, Context(1, 5, config, RecordDict(), {}))
 
 
 def _incoming(kind: str) -> Message:
@@ -214,6 +219,69 @@ def test_two_releases_never_share_noise_in_a_deployment(site: Site, tmp_path: Pa
     first = Site(tmp_path).answer_train(request(1))
     second = Site(tmp_path).answer_train(request(2))
     assert np.abs(first.weights - second.weights).max() > 0.01
+
+
+def test_nothing_but_code_makes_a_hospitals_noise_repeatable(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the environment nor a node's configuration passes a seed; the audit log names every release's source."""
+    for name in ("FEDWARD_TEST_SEED", "FEDWARD_SEED", "SIMULATION_SEED", "PYTEST_CURRENT_TEST"):
+        monkeypatch.setenv(name, "7")
+    config: dict[str, str | float | int | bool] = {SITE_FOLDER: str(tmp_path), "simulation-seed": 7}
+    keys = []
+    with monkeypatch.context() as patched:
+        patched.setattr(client.site.Randomness, "simulated", None)
+        secure = client.site.Randomness.secure
+        patched.setattr(client.site.Randomness, "secure", lambda key: keys.append(key) or secure(key))
+        for number in (1, 2):
+            assert not _answer(app, config, "train", request(number).to_content()).has_error()
+    assert len(set(keys)) == 2
+    assert not _answer(SiteApp(7), config, "train", request(3).to_content()).has_error()
+    lines = [entry for entry in site.audit.read()[0].entries if entry.event == "reserved"]
+    assert [entry.fields["noise"] for entry in lines] == ["chacha20", "chacha20", "seeded"]
+    result = verify(site.audit)
+    assert result.problems == ()
+    assert [f"Line {lines[2].sequence} " in remark and "seeded" in remark for remark in result.remarks] == [True]
+
+
+def test_more_patients_than_a_step_has_room_for_are_refused_before_anything_is_spent(
+    site: Site, tmp_path: Path
+) -> None:
+    """12 patients: ten declared ones leave room for twenty, one leaves room for eleven."""
+    replace(POLICY, declared_patients=1).write(tmp_path / "site.toml")
+    for refused in (Site(tmp_path).check_patients, lambda: Site(tmp_path).answer_query(PlanQuery("run", PLAN))):
+        with pytest.raises(PolicyError, match=r"more than 11 patients.*fedward-site declare"):
+            refused()
+    with pytest.raises(PolicyError, match="fedward-site declare"):
+        Site(tmp_path).answer_train(request())
+    assert site.ledger.releases() == ()
+    replace(POLICY, declared_patients=2).write(tmp_path / "site.toml")
+    Site(tmp_path).check_patients()
+
+
+@pytest.mark.parametrize("name", sorted(all_tasks()))
+def test_an_engine_that_cannot_clip_a_tasks_model_is_refused_as_a_plan(name: str) -> None:
+    """Opacus has no hooks for torch's recurrent layers, so no plan for it may reach a reservation."""
+    task = find_task(name)
+    check_engine(PLAN, task)
+    opacus = replace(PLAN, engine="opacus")
+    if any(isinstance(module, torch.nn.RNNBase) for module in task.build().modules()):
+        with pytest.raises(PolicyError, match=f"'opacus' cannot train {name}"):
+            check_engine(opacus, task)
+    else:
+        check_engine(opacus, task)
+
+
+def test_a_recurrent_task_with_opacus_is_refused_at_the_query(tmp_path: Path, make_cgm_store: Any) -> None:
+    make_cgm_store(tmp_path / "store")
+    replace(POLICY, tasks=("glucose-forecast",)).write(tmp_path / "site.toml")
+    open_books(tmp_path)
+    site, plan = Site(tmp_path), replace(PLAN, task="glucose-forecast", engine="opacus")
+    with pytest.raises(PolicyError, match="Use engine = 'bookkeeping'"):
+        site.answer_query(PlanQuery("run", plan))
+    with pytest.raises(PolicyError, match="Use engine = 'bookkeeping'"):
+        site.answer_train(request(plan=plan))
+    assert site.ledger.releases() == ()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
