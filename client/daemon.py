@@ -6,6 +6,7 @@ worker thread, so that signals are heard, and heartbeats sent, while a round tra
 
 import fcntl
 import logging
+import math
 import os
 import signal
 import socket
@@ -26,9 +27,9 @@ from client.keys import read_authority, read_key, server_fingerprint
 from client.link import Link, LinkRefused, Stopped, UnacceptableMessage
 from client.status import HEALTH_PORT_FILE, Status
 from shared.dp.memory import share_arenas
-from shared.errors import ErrorCode, StorageError
+from shared.errors import ErrorCode, FederationError, StorageError
 from shared.files import storage_errors, write_atomic
-from shared.messages import CONFIG, error_code, error_reply
+from shared.messages import CONFIG, TrainRequest, error_code, error_reply
 from shared.telemetry import serve
 
 App = Callable[[Message, Context], Message]
@@ -136,6 +137,24 @@ def poll_pause_s(idle_s: float, call_s: float) -> float:
     return min(_MOST_POLL_S, max(_LEAST_POLL_S, idle_s / 20, 10 * call_s))
 
 
+def reply_grid_s(message: Message) -> float:
+    """Return the grid on which the reply to ``message`` may leave, in seconds; 0 for none.
+
+    It is the plan's, for whatever is asked under a plan: the message alone decides, and nothing of this site.
+    """
+    if message.metadata.message_type != "train":
+        return 0.0
+    try:
+        return TrainRequest.from_content(message.content).plan.reply_grid_s
+    except FederationError:
+        return 0.0
+
+
+def grid_pause_s(taken_s: float, grid_s: float) -> float:
+    """Return how long to wait until the first whole multiple of ``grid_s`` (at least one) since the question came."""
+    return max(1, math.ceil(taken_s / grid_s)) * grid_s - taken_s if grid_s else 0.0
+
+
 class _Daemon:
     """The worker's loop and the connection it holds."""
 
@@ -185,6 +204,7 @@ class _Daemon:
         last_message = time.monotonic()
         while not self._stop.is_set():
             asked = time.monotonic()
+            grid_s = 0.0
             try:
                 message = link.receive()
             except UnacceptableMessage as bad:
@@ -194,8 +214,11 @@ class _Daemon:
                     now = time.monotonic()
                     self._stop.wait(poll_pause_s(now - last_message, now - asked))
                     continue
+                asked, grid_s = time.monotonic(), reply_grid_s(message)
                 reply = answer(self._app, message, self._context(link, message))
             self._note(message, reply)
+            if self._stop.wait(grid_pause_s(time.monotonic() - asked, grid_s)):
+                return
             link.reply(reply)
             last_message = time.monotonic()
             self._stop.wait(_LEAST_POLL_S)  # no server asks again at once

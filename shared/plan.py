@@ -43,6 +43,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
 }
 """Beyond these a plan is a mistake or an attack: a bound so small that its noise rounds to nothing, a batch that
 exhausts memory when somebody is sampled and not when nobody is."""
+_REPLY_GRID_S = (0.1, 86_400.0)
 _KINDS: dict[Any, str] = {str: "a text", int: "a whole number", float: "a number"}
 _LEAST_NOISE = 0.05
 _MOST_STEPS, _MOST_LOSS = 1_000_000, 25.0
@@ -70,6 +71,8 @@ class RunPlan:
         patience: End after this many rounds without a better held-out metric; 0 never ends early.
         min_sites: The operator's quorum; see :attr:`quorum`.
         deadline_s: How long a round waits for replies, in seconds.
+        reply_grid_s: A site's reply to a round leaves only whole multiples of so many seconds after the question came;
+            0 lets it leave at once. The work is constant; this also hides what else the machine does.
         seed: Seeds the initial weights. It never seeds a hospital's noise.
         engine: Who clips: ``bookkeeping``, or ``opacus``, the slow reference.
         init: ``random``, or the SHA-256 of the public checkpoint that the run starts from.
@@ -99,6 +102,7 @@ class RunPlan:
     patience: int = 0
     min_sites: int = 1
     deadline_s: float = 3600.0
+    reply_grid_s: float = 0.0
     seed: int = 0
     engine: str = "bookkeeping"
     init: str = RANDOM_START
@@ -122,6 +126,10 @@ class RunPlan:
             # The composition's central limit (Bu et al., "Deep Learning with Gaussian Differential Privacy", 2020).
             loss = self.sample_rate * math.sqrt(steps * math.expm1(min(self.noise_multiplier**-2, 700.0)))
             _require(loss <= _MOST_LOSS, "its epsilon would be in the hundreds; use more noise, or none at all")
+        low, high = _REPLY_GRID_S
+        on_grid = self.reply_grid_s == 0.0 or low <= self.reply_grid_s <= high
+        _require(on_grid, f"reply_grid_s must be 0 or lie between {low:g} and {high:g}")
+        _require(self.reply_grid_s < self.deadline_s, "deadline_s must be longer than reply_grid_s")
         _require(0.0 <= self.momentum < 1.0, "momentum must lie in [0, 1)")
         _require(0.0 < self.delta < 1.0, "delta must lie strictly between 0 and 1")
         _require(self.patience >= 0, "patience must not be negative")
@@ -183,8 +191,14 @@ class RunPlan:
         return epsilon_of([self.mechanism(rounds)] if rounds else [], self.delta)
 
     def to_json(self) -> str:
-        """Return the canonical text: sorted keys, no spaces; equal plans give equal texts."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        """Return the canonical text: sorted keys, no spaces; equal plans give equal texts.
+
+        A reply grid of 0 is left out, so that a plan that has none keeps the digest it had before there were any.
+        """
+        values = asdict(self)
+        if not self.reply_grid_s:
+            del values["reply_grid_s"]
+        return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @property
     def digest(self) -> str:

@@ -1,6 +1,9 @@
 import datetime
 import fcntl
+from dataclasses import replace
+from threading import Event
 
+import numpy as np
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -14,12 +17,23 @@ from hypothesis import strategies as st
 from client.app import SERVER_FINGERPRINT, SITE_FOLDER
 from client.app import app as hospital_app
 from client.channel import Backoff, LinkFault
-from client.daemon import Connection, answer, node_config, poll_pause_s, run_daemon
+from client.daemon import (
+    Connection,
+    _Daemon,
+    answer,
+    grid_pause_s,
+    node_config,
+    poll_pause_s,
+    reply_grid_s,
+    run_daemon,
+)
 from client.keys import make_key
 from client.link import object_pause_s
 from client.site import AUDIT, open_books
 from client.status import Status
 from shared.errors import StorageError
+from shared.messages import TrainRequest
+from shared.plan import RunPlan
 
 
 @pytest.fixture
@@ -120,6 +134,68 @@ def test_waiting_for_an_object_slows_with_a_slow_server_and_not_after_an_outage(
     pause_s = object_pause_s(least_s, call_s)
     assert least_s <= pause_s <= 5.0
     assert pause_s >= min(5.0, 3 * call_s)
+
+
+@given(st.floats(0, 1e6), st.floats(0.1, 86_400))
+def test_a_reply_leaves_at_a_whole_multiple_of_the_grid_and_not_at_once(taken_s, grid_s):
+    leaves_s = taken_s + grid_pause_s(taken_s, grid_s)
+    assert leaves_s >= grid_s * (1 - 1e-9)
+    assert leaves_s / grid_s == pytest.approx(round(leaves_s / grid_s), rel=1e-9)
+    assert grid_pause_s(taken_s, grid_s) <= grid_s * (1 + 1e-9)
+    assert grid_pause_s(taken_s, 0.0) == 0.0
+
+
+def question(plan) -> Message:
+    metadata = Metadata(5, "m1", 1, 9, "", "", 0.0, 3600.0, "train", 1, None)
+    return make_message(metadata, TrainRequest("run", 1, plan, np.zeros(3, np.float32)).to_content())
+
+
+GRID = RunPlan(
+    task="t", rounds=1, local_steps=1, sample_rate=0.5, records_per_patient=1, max_grad_norm=1.0, noise_multiplier=1.0,
+    delta=1e-3, learning_rate=0.1, reply_grid_s=30.0,
+)  # fmt: skip
+
+
+def test_the_grid_is_the_messages_own():
+    assert reply_grid_s(question(GRID)) == 30.0
+    assert reply_grid_s(question(replace(GRID, reply_grid_s=0.0))) == 0.0
+    assert reply_grid_s(message("train")) == reply_grid_s(message("query")) == 0.0
+
+
+class Waits(Event):
+    """Remembers how long the daemon waits, and does not; set once it has seen ``limit`` waits."""
+
+    def __init__(self, limit):
+        super().__init__()
+        self.pauses, self.limit = [], limit
+
+    def wait(self, timeout=None):
+        self.pauses.append(timeout)
+        if len(self.pauses) == self.limit:
+            self.set()
+        return self.is_set()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_reply_waits_for_the_grid_and_a_stop_ends_the_wait(tmp_path, fails, stopped):
+    """The answer and the error alike leave after the wait; a daemon that is stopped meanwhile sends nothing."""
+    sent, stop = [], Waits(1 if stopped else 2)
+
+    class OneQuestion:
+        node_id = 9
+
+        def receive(self):
+            return question(GRID)
+
+        def reply(self, reply):
+            sent.append((reply.has_error(), len(stop.pauses)))
+
+    app = failing(RuntimeError()) if fails else lambda asked, _: Message(RecordDict(), reply_to=asked)
+    daemon = _Daemon(tmp_path, None, {}, app, Status("h1"), Backoff(), stop)
+    daemon._serve(OneQuestion())
+    assert 1.0 < stop.pauses[0] <= 30.0
+    assert sent == ([] if stopped else [(fails, 1)])
 
 
 def test_health_follows_the_connection():

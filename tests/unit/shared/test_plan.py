@@ -31,6 +31,13 @@ def test_digest_is_stable_across_versions() -> None:
 
 def test_text_round_trip() -> None:
     assert RunPlan.from_json(PLAN.to_json()) == PLAN
+    on_a_grid = replace(PLAN, reply_grid_s=30.0)
+    assert RunPlan.from_json(on_a_grid.to_json()) == on_a_grid
+
+
+def test_a_plan_from_before_there_were_reply_grids_still_parses() -> None:
+    assert "reply_grid_s" not in json.loads(PLAN.to_json())
+    assert RunPlan.from_json(PLAN.to_json()).reply_grid_s == 0.0
 
 
 def test_every_field_enters_the_digest() -> None:
@@ -38,7 +45,7 @@ def test_every_field_enters_the_digest() -> None:
         "task": "other", "rounds": 21, "local_steps": 3, "sample_rate": 0.4, "records_per_patient": 5,
         "max_grad_norm": 2.0, "noise_multiplier": 2.5, "delta": 1e-4, "optimizer": "adam",
         "learning_rate": 0.1, "schedule": "linear", "momentum": 0.9, "patience": 3, "min_sites": 2,
-        "deadline_s": 60.0, "engine": "opacus", "seed": 1, "init": "abc",
+        "deadline_s": 60.0, "reply_grid_s": 5.0, "engine": "opacus", "seed": 1, "init": "abc",
         "strategy": "median", "proximal_mu": 0.5, "server_learning_rate": 0.2, "tau": 0.1, "byzantine_sites": 2,
         "generator_steps": 5, "generator_learning_rate": 1e-4, "generator_pause": 0.3,
     }  # fmt: skip
@@ -71,6 +78,8 @@ def test_epsilon_grows_with_rounds() -> None:
         ("min_sites", 0), ("noise_multiplier", float("nan")),
         ("strategy", "fedsgd"), ("proximal_mu", 0.0), ("server_learning_rate", float("inf")), ("tau", 0.0),
         ("byzantine_sites", 0),
+        ("reply_grid_s", 0.01), ("reply_grid_s", -1.0), ("reply_grid_s", 1e5), ("reply_grid_s", 3600.0),
+        ("reply_grid_s", float("nan")),
     ],
 )  # fmt: skip
 def test_impossible_fields_are_refused(field: str, value: Any) -> None:
