@@ -1,0 +1,1 @@
+"""Attacks on the private step, as a hostile server would try them."""
