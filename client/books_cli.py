@@ -44,10 +44,8 @@ def ledger(site: SiteFolder, as_json: AsJson = False) -> None:
         keys = ("run", "round", "task", "sample_rate", "noise_multiplier", "steps", "delta", "reserved_at")
         table.add_row(*(_text(row[key]) for key in keys), row["committed_at"] or "not (yet)")
     print_table(CONSOLE, table)
-    for point in books["epsilon_at_delta"]:
-        say(f"epsilon {_bound(point['epsilon'])} at delta {point['delta']:g}")
-    left, most = _bound(books["remaining"]), _bound(books["max_epsilon"])
-    say(f"{left} of max-epsilon {most} left, at max-delta {books['max_delta']:g}")
+    spent, left, most = (_bound(books[key]) for key in ("epsilon", "remaining", "max_epsilon"))
+    say(f"epsilon {spent} is spent and {left} of max-epsilon {most} left, at max-delta {books['max_delta']:g}")
 
 
 def audit_verify(site: SiteFolder, as_json: AsJson = False) -> None:

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from client.budget import Cap
 from client.hours import DAYS, Hours
 from shared.drafting import DELTA_SHARE
 from shared.errors import PolicyError, StorageError
@@ -23,7 +24,7 @@ COMMENTS = {
     "declared_patients": "Public, coarse number of patients, fixed at enrolment: never the true count.",
     "tasks": "What may be trained here. init lists every installed task; strike out what you do not want.",
     "max_epsilon": "Cap on everything ever released, all runs and tasks composed. When it is reached, nothing more.",
-    "max_delta": "Largest delta at which a plan may state its epsilon. Default: a tenth of 1/declared-patients.",
+    "max_delta": "Delta of that cap, and the largest of a plan. Default: a tenth of 1/declared-patients.",
     "min_noise_multiplier": "Least noise, as a multiple of the clipping norm; 0 would permit training without privacy.",
     "max_grad_norm": "Largest clipping norm of one patient's gradient.",
     "max_sample_rate": "Largest probability of a patient joining a step; 1 permits every rate.",
@@ -93,6 +94,11 @@ class SitePolicy:
     def opening_hours(self) -> Hours:
         """When new rounds may train."""
         return Hours.parse(self.hours, self.days)
+
+    @property
+    def cap(self) -> Cap:
+        """What may ever be released."""
+        return Cap(self.max_epsilon, self.max_delta)
 
     @property
     def digest(self) -> str:

@@ -11,7 +11,8 @@ Protocol of one release, and why no crash can break it:
 4. The same request again gets the stored reply; a different request, or the same on other data, is refused under
    the same run and round: the same noise on other weights could be subtracted away.
 
-All releases compose, whatever store, task or run they belong to: a patient may be in any of them.
+All releases compose, whatever store, task or run they belong to: a patient may be in any of them. With a run's first
+release the ledger also keeps how the run was admitted and its whole plan (:mod:`client.budget` says why).
 
 The ledger also holds the audit log's head (``client.audit``), moved in the very transaction of the act that the
 log's last line announces: a log cut off at its end and a ledger put back to an older copy both show.
@@ -24,8 +25,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from client.budget import Admission, Rule, Spending
 from client.chain import Head
-from shared.accounting import Mechanism, epsilon_of
+from shared.accounting import Mechanism
 from shared.errors import ErrorCode, ProtocolError, StorageError
 
 _RELEASES = """
@@ -48,6 +50,16 @@ CREATE TABLE releases (
     UNIQUE (run, round)
 ) STRICT
 """
+_ADMISSIONS = """
+CREATE TABLE admissions (
+    run TEXT PRIMARY KEY,
+    rule TEXT NOT NULL,
+    sample_rate REAL NOT NULL,
+    noise_multiplier REAL NOT NULL,
+    steps INTEGER NOT NULL,
+    renyi_order INTEGER NOT NULL
+) STRICT
+"""
 _AUDIT_HEAD = """
 CREATE TABLE audit_head (
     id INTEGER PRIMARY KEY CHECK (id = 1),
@@ -57,7 +69,9 @@ CREATE TABLE audit_head (
 ) STRICT
 """
 _BUSY_S = 30.0
-_VERSION = 2
+_VERSION = 3
+_MIGRATIONS = {2: _ADMISSIONS}
+"""What makes a ledger of a version one of the next. Version 2 knows no admissions: its runs have none."""
 
 Announce = Callable[[str], Head]
 """Told what is about to be done (``reserved``, ``resumed``, ``replayed``, ``released``), inside the transaction and
@@ -123,8 +137,7 @@ class Ledger:
                 "what was spent: see 'Back-ups and keys' in docs/operations.md."
             )
         with self._transaction() as database:
-            if database.execute("PRAGMA user_version").fetchone()[0] != _VERSION:
-                raise StorageError(f"{path.name} is no privacy ledger of this version, or was emptied.")
+            self._migrate(database)
 
     @classmethod
     def create(cls, path: Path) -> "Ledger":
@@ -138,8 +151,8 @@ class Ledger:
                 with closing(sqlite3.connect(path, isolation_level=None)) as database:
                     database.execute("PRAGMA synchronous = EXTRA")
                     database.execute("BEGIN IMMEDIATE")
-                    database.execute(_RELEASES)
-                    database.execute(_AUDIT_HEAD)
+                    for table in (_RELEASES, _ADMISSIONS, _AUDIT_HEAD):
+                        database.execute(table)
                     database.execute(f"PRAGMA user_version = {_VERSION}")
                     database.execute("COMMIT")
             except sqlite3.Error as error:
@@ -150,7 +163,7 @@ class Ledger:
         self,
         request: ReleaseRequest,
         key: bytes,
-        check: Callable[[tuple[Mechanism, ...]], None],
+        check: Callable[[Spending], Admission],
         announce: Announce | None = None,
     ) -> Reservation:
         """Reserve a release durably, or find the one already made for the same request.
@@ -158,7 +171,8 @@ class Ledger:
         Args:
             request: The release.
             key: Fresh secret to keep if this is a new release.
-            check: Called with all earlier mechanisms, inside the transaction; raises to refuse.
+            check: Called with everything spent, inside the transaction; returns how the run is admitted, or raises to
+                refuse.
             announce: Of the audit log.
 
         Raises:
@@ -176,7 +190,7 @@ class Ledger:
                 _announce(database, announce, "resumed" if found.reply is None else "replayed")
                 return found
             self._refuse_changed_plan(database, request)
-            check(_mechanisms(database))
+            _remember(database, check(_spending(database)))
             cursor = database.execute(
                 "INSERT INTO releases (run, round, task, store_digest, plan_digest, request_digest, sample_rate,"
                 " noise_multiplier, steps, delta, reserved_at, key) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -233,20 +247,20 @@ class Ledger:
             row = database.execute("SELECT sequence, sha256, size FROM audit_head").fetchone()
         return Head(*row) if row else None
 
-    def mechanisms(self, *, except_run: str | None = None) -> tuple[Mechanism, ...]:
-        """Return every reserved or committed mechanism, without those of one run if it is named."""
+    def spending(self) -> Spending:
+        """Return everything reserved or committed, and how its runs were admitted."""
         with self._transaction() as database:
-            return _mechanisms(database, except_run)
+            return _spending(database)
+
+    def mechanisms(self) -> tuple[Mechanism, ...]:
+        """Return every reserved or committed mechanism."""
+        return tuple(mechanism for _, mechanism in self.spending().releases)
 
     def plan_of(self, run: str) -> str | None:
         """Return the digest of the plan under which ``run`` began here."""
         with self._transaction() as database:
             row = database.execute("SELECT plan_digest FROM releases WHERE run = ? LIMIT 1", (run,)).fetchone()
             return row[0] if row else None
-
-    def epsilon(self, delta: float) -> float:
-        """Return the epsilon at ``delta`` of everything reserved or committed."""
-        return epsilon_of(self.mechanisms(), delta)
 
     def releases(self) -> tuple[Release, ...]:
         """Return all releases in the order in which they were reserved."""
@@ -258,6 +272,20 @@ class Ledger:
         return tuple(
             Release(r[0], r[1], r[2], r[3], r[4], Mechanism(r[5], r[6], r[7]), r[8], r[9], r[10]) for r in rows
         )
+
+    def _migrate(self, database: sqlite3.Connection) -> None:
+        version = database.execute("PRAGMA user_version").fetchone()[0]
+        if version > _VERSION:
+            raise StorageError(
+                f"{self._path.name} was written by a newer Fedward (ledger version {version}; this one knows "
+                f"{_VERSION}). Install that version: this one might forget what was spent."
+            )
+        while version in _MIGRATIONS:
+            database.execute(_MIGRATIONS[version])
+            version += 1
+            database.execute(f"PRAGMA user_version = {version}")
+        if version != _VERSION:
+            raise StorageError(f"{self._path.name} is not a privacy ledger, or was emptied. Restore it.")
 
     def _refuse_changed_plan(self, database: sqlite3.Connection, request: ReleaseRequest) -> None:
         row = database.execute(
@@ -308,12 +336,31 @@ def _anchor(database: sqlite3.Connection, head: Head) -> None:
     )
 
 
-def _mechanisms(database: sqlite3.Connection, except_run: str | None = None) -> tuple[Mechanism, ...]:
-    rows = database.execute(
-        "SELECT sample_rate, noise_multiplier, steps FROM releases WHERE run IS NOT ? ORDER BY id",
-        (except_run,),
+def _remember(database: sqlite3.Connection, admission: Admission) -> None:
+    planned = admission.planned
+    database.execute(
+        "INSERT OR IGNORE INTO admissions (run, rule, sample_rate, noise_multiplier, steps, renyi_order)"
+        " VALUES (?, ?, ?, ?, ?, ?)",
+        (
+            admission.run,
+            admission.rule.value,
+            planned.sample_rate,
+            planned.noise_multiplier,
+            planned.steps,
+            admission.order,
+        ),
     )
-    return tuple(Mechanism(*row) for row in rows)
+
+
+def _spending(database: sqlite3.Connection) -> Spending:
+    releases = database.execute("SELECT run, sample_rate, noise_multiplier, steps FROM releases ORDER BY id")
+    admissions = database.execute(
+        "SELECT run, rule, sample_rate, noise_multiplier, steps, renyi_order FROM admissions ORDER BY rowid"
+    )
+    return Spending(
+        tuple((row[0], Mechanism(*row[1:])) for row in releases),
+        tuple(Admission(row[0], Rule(row[1]), Mechanism(*row[2:5]), row[5]) for row in admissions),
+    )
 
 
 def _now() -> str:

@@ -9,17 +9,21 @@ from typing import Any
 from client.audit_check import verify
 from client.site import STORE, Site
 from client.status import HEALTH_PORT_FILE
+from shared.accounting import epsilon_of
 from shared.errors import StorageError
 from shared.records import RecordStore
 from shared.telemetry import health_of
 
 
 def ledger_of(site: Site) -> dict[str, Any]:
-    """Return every release, what they compose to, and what is left of the budget."""
-    policy, releases = site.policy, site.ledger.releases()
-    deltas = sorted({policy.max_delta, *(release.delta for release in releases)})
-    spent = {delta: site.ledger.epsilon(delta) for delta in deltas}
-    used = spent[policy.max_delta]
+    """Return every release, what they compose to, and what is left of the budget.
+
+    ``epsilon`` is what the cap is compared with (:mod:`client.budget`). ``planned_epsilon`` of a run is the tight one
+    of its whole plan, as if the hospital took part in no other run.
+    """
+    policy, releases, spending = site.policy, site.ledger.releases(), site.ledger.spending()
+    used = spending.epsilon(policy.cap)
+    admissions = {admission.run: admission for admission in spending.admissions}
     return {
         "site": policy.name,
         "releases": [
@@ -29,11 +33,19 @@ def ledger_of(site: Site) -> dict[str, Any]:
             }
             for release in releases
         ],
+        "runs": [
+            {
+                "run": run,
+                "admitted": admission.rule.value,
+                "planned_steps": admission.planned.steps,
+                "planned_epsilon": _finite(epsilon_of([admission.planned], policy.max_delta)),
+            }
+            for run, admission in admissions.items()
+        ],
         "max_delta": policy.max_delta,
         "max_epsilon": _finite(policy.max_epsilon),
         "epsilon": _finite(used),
         "remaining": _finite(max(0.0, policy.max_epsilon - used)) if math.isfinite(used) else 0.0,
-        "epsilon_at_delta": [{"delta": delta, "epsilon": _finite(spent[delta])} for delta in deltas],
     }
 
 

@@ -6,15 +6,12 @@ import numpy as np
 
 from client.config import SitePolicy
 from client.training import hold_all_but
-from shared.accounting import Mechanism, epsilon_of
 from shared.dp.step import ENGINES
-from shared.errors import BudgetExceeded, ErrorCode, FederationError, PolicyError
+from shared.errors import ErrorCode, FederationError, PolicyError
 from shared.plan import RunPlan
 from shared.tasks.base import Task
 from shared.tasks.registry import find_task
 from shared.weights import Vector, unpack
-
-_ROUNDING = 1e-9
 
 
 def check_plan(plan: RunPlan, policy: SitePolicy) -> None:
@@ -52,21 +49,6 @@ def check_engine(plan: RunPlan, task: Task) -> None:
         ENGINES[plan.engine](model).close()
     except FederationError as error:
         raise PolicyError(f"The plan is refused: engine {plan.engine!r} cannot train {task.name}. {error}") from error
-
-
-def check_budget(earlier: tuple[Mechanism, ...], proposed: Mechanism, plan: RunPlan, policy: SitePolicy) -> float:
-    """Check that ``proposed`` after all ``earlier`` releases stays within the budget; return the epsilon it reaches.
-
-    Raises:
-        BudgetExceeded: If it does not.
-    """
-    total = epsilon_of([*earlier, proposed], plan.delta)
-    if total > policy.max_epsilon + _ROUNDING:
-        raise BudgetExceeded(
-            f"Epsilon would reach {total:.3f} at delta {plan.delta:g}; site.toml permits {policy.max_epsilon:g}. "
-            "Fewer rounds, more noise or a larger max-epsilon would be needed."
-        )
-    return total
 
 
 def check_weights(weights: Vector, task: Task, policy: SitePolicy) -> None:

@@ -20,12 +20,12 @@ from flwr.app import RecordDict
 
 from client.audit import CHACHA20, NOISELESS, SEEDED, AuditLog, AuditSession
 from client.augmentation import Augmented, Synthetic, load_synthetic
-from client.chain import Head
+from client.budget import Admission, Proposal, Spending, admit
 from client.config import SitePolicy, is_name
 from client.ledger import Ledger, ReleaseRequest, Reservation
-from client.policy import check_budget, check_engine, check_hours, check_plan, check_weights
+from client.policy import check_engine, check_hours, check_plan, check_weights
 from client.training import Randomness, check_room, train_round
-from shared.accounting import Mechanism, epsilon_of
+from shared.accounting import Mechanism
 from shared.dp.noise import KEY_BYTES
 from shared.errors import ErrorCode, PolicyError, ProtocolError
 from shared.messages import PlanQuery, SiteOffer, TrainReply, TrainRequest
@@ -141,9 +141,11 @@ class Site:
             self.synthetic(self._admit(plan))
             if self.ledger.plan_of(run) not in (None, plan.digest):
                 raise ProtocolError("This run began here under another plan.", ErrorCode.PLAN_CHANGED)
-            earlier = self.ledger.mechanisms(except_run=run)
-            total = check_budget(earlier, plan.mechanism(plan.rounds), plan, self.policy)
-            log.note("accepted", **asked, policy=self.policy.digest, epsilon=_finite(total), delta=plan.delta)
+            whole, spending = plan.mechanism(plan.rounds), self.ledger.spending()
+            admission = admit(spending, Proposal(run, whole, plan.delta), self.policy.cap)
+            others = tuple(release for release in spending.releases if release[0] != run)
+            spent = self._spent(plan, Spending(others, spending.admissions).after(run, whole, admission))
+            log.note("accepted", **asked, policy=self.policy.digest, admitted=admission.rule.value, **spent)
         return SiteOffer(self.policy.name, self.policy.declared_patients, plan.digest)
 
     def answer_train(self, request: TrainRequest) -> TrainReply:
@@ -178,56 +180,53 @@ class Site:
                 randomness=self._randomness(reservation.key),
             )
             with self.audit.session() as log:
-                announce = self._announcement(log, asked | _generator(synthetic), plan, None)
-                self.ledger.commit(reservation, weights.tobytes(), announce)
+                details = asked | _generator(synthetic) | self._spent(plan, self.ledger.spending())
+                self.ledger.commit(reservation, weights.tobytes(), lambda act: log.announce(act, **details))
         return TrainReply(request.round, plan.digest, weights)
 
     def _reserve(self, request: TrainRequest, task: Task, log: AuditSession, asked: Mapping[str, Any]) -> Reservation:
-        plan, details = request.plan, dict(asked)
+        plan, mechanism = request.plan, request.plan.mechanism(rounds=1)
+        proposal = Proposal(self._run(request.run), plan.mechanism(plan.rounds), plan.delta, mechanism)
         release = ReleaseRequest(
-            run=self._run(request.run),
+            run=proposal.run,
             round=request.round,
             task=plan.task,
             store_digest=self.store.digest,
             plan_digest=plan.digest,
             digest=request.digest,
-            mechanism=plan.mechanism(rounds=1),
+            mechanism=mechanism,
             delta=plan.delta,
         )
+        # Cannot change before it is told: whoever would add to the ledger has to hold the log.
+        details = dict(asked) | self._spent(plan, self.ledger.spending())
 
-        def check(earlier: tuple[Mechanism, ...]) -> None:
+        def check(spending: Spending) -> Admission:
             """Only what is new is checked: a round that began may be repeated after hours, or its reply sent again."""
             check_hours(datetime.now(UTC), self.policy)
-            check_budget(earlier, release.mechanism, plan, self.policy)
-            details.update(_generator(self.synthetic(task)))
+            admission = admit(spending, proposal, self.policy.cap)
+            details.update(_generator(self.synthetic(task)) | self._reserved(plan, mechanism, admission))
+            details.update(self._spent(plan, spending.after(proposal.run, mechanism, admission)))
+            return admission
 
-        return self.ledger.reserve(
-            release, self._key(request), check, self._announcement(log, details, plan, release.mechanism)
-        )
+        return self.ledger.reserve(release, self._key(request), check, lambda act: log.announce(act, **details))
 
-    def _announcement(
-        self, log: AuditSession, asked: Mapping[str, Any], plan: RunPlan, reserving: Mechanism | None
-    ) -> Callable[[str], Head]:
-        """Return how the audit log announces an act, with the epsilon after it."""
-        earlier = self.ledger.mechanisms()  # cannot change: whoever would add to it has to hold the log
+    def _reserved(self, plan: RunPlan, mechanism: Mechanism, admission: Admission) -> dict[str, Any]:
+        """Return what a line ``reserved`` says beside what every line says."""
+        return {
+            "task": plan.task,
+            "store": self.store.digest,
+            "policy": self.policy.digest,
+            "sample_rate": mechanism.sample_rate,
+            "noise_multiplier": mechanism.noise_multiplier,
+            "steps": mechanism.steps,
+            "noise": self._noise_source if plan.private else NOISELESS,
+            "admitted": admission.rule.value,
+        }
 
-        def announce(act: str) -> Head:
-            details: dict[str, Any] = {"delta": plan.delta}
-            composed = earlier
-            if act == "reserved" and reserving:
-                composed = (*earlier, reserving)
-                details |= {
-                    "task": plan.task,
-                    "store": self.store.digest,
-                    "policy": self.policy.digest,
-                    "sample_rate": reserving.sample_rate,
-                    "noise_multiplier": reserving.noise_multiplier,
-                    "steps": reserving.steps,
-                    "noise": self._noise_source if plan.private else NOISELESS,
-                }
-            return log.announce(act, **asked, **details, epsilon=_finite(epsilon_of(composed, plan.delta)))
-
-        return announce
+    def _spent(self, plan: RunPlan, spending: Spending) -> dict[str, Any]:
+        """Return the plan's delta, and what is spent of the cap, at the cap's own delta."""
+        cap = self.policy.cap
+        return {"delta": plan.delta, "max_delta": cap.delta, "epsilon": _finite(spending.epsilon(cap))}
 
     def _admit(self, plan: RunPlan) -> Task:
         check_plan(plan, self.policy)

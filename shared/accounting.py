@@ -2,7 +2,16 @@
 
 Every function here is pure. The mechanism is the Poisson-subsampled Gaussian; the neighbouring relation is
 adding or removing one patient with all of that patient's records; composition is tight, by the privacy loss
-distribution (PLD) of Google's ``dp_accounting`` with its pessimistic estimate.
+distribution (PLD) of Google's ``dp_accounting`` with its pessimistic estimate. It holds for mechanisms that are fixed
+beforehand; :mod:`shared.renyi` has what holds for those that are chosen after seeing earlier results.
+
+**Room for a step's sample.** A step takes at most a public number c of patients and cuts a larger sample
+(:mod:`shared.dp.passes`). Let J be who was sampled of the patients that both neighbouring data sets hold. Whether J
+has c patients or more does not depend on the one patient more. So the uncut step may also tell that, for the same
+privacy loss: its output is a mixture over J, and the hockey-stick divergence is at most its mean over J. In a run of T
+such steps, look only at the outcomes in which J never had c patients: there the cut step *is* the uncut one, on both
+data sets. The rest has a probability of at most T·η, η = ``OVERFLOW_PROBABILITY``. So (ε, δ) of the uncut run is
+(ε, δ + T·η) of the run that cuts, and epsilon is stated at what is left of delta. e^ε does not enter.
 
 References:
     Koskela, Jälkö, Honkela, "Computing Tight Differential Privacy Guarantees Using FFT", AISTATS 2020.
@@ -29,9 +38,8 @@ MAX_NOISE_MULTIPLIER = 64.0
 _MIN_NOISE_MULTIPLIER = 0.05
 """Below this the PLD of one step no longer fits in memory and epsilon is in the hundreds: no privacy at all."""
 _CALIBRATION_TOLERANCE = 1e-3
-OVERFLOW_PROBABILITY = 2.0**-50
-"""How likely a step's sample is, at most, to be larger than the public number that :mod:`shared.dp.passes` has room
-for."""
+OVERFLOW_PROBABILITY = 2.0**-40
+"""How likely a step's sample is, at most, to fill the public room for it (:mod:`shared.dp.passes`)."""
 _LOSS_INTERVAL = 5e-4
 """Width of a step of the discretised privacy loss. Rounding goes the private way; dp_accounting's own is 1e-4, which
 takes five times as long in every round for an epsilon that is smaller by a relative 1e-6 to 2e-4."""
@@ -66,12 +74,30 @@ def epsilon_of(mechanisms: Iterable[Mechanism], delta: float) -> float:
     Raises:
         PlanError: If ``delta`` is not in (0, 1).
     """
+    check_delta(delta)
+    released = tuple(mechanisms)
+    left = left_of_delta(delta, released)
+    if left <= 0.0:
+        return math.inf
+    steps: Counter[tuple[float, float]] = Counter()
+    for mechanism in released:
+        steps[mechanism.sample_rate, mechanism.noise_multiplier] += mechanism.steps
+    return _epsilon(tuple(sorted((*key, count) for key, count in steps.items())), left)
+
+
+def check_delta(delta: float) -> None:
+    """Check that a delta means something.
+
+    Raises:
+        PlanError: If it is not in (0, 1).
+    """
     if not 0.0 < delta < 1.0:
         raise PlanError(f"delta must lie strictly between 0 and 1, not {delta}.")
-    steps: Counter[tuple[float, float]] = Counter()
-    for mechanism in mechanisms:
-        steps[mechanism.sample_rate, mechanism.noise_multiplier] += mechanism.steps
-    return _epsilon(tuple(sorted((*key, count) for key, count in steps.items())), delta)
+
+
+def left_of_delta(delta: float, mechanisms: Iterable[Mechanism]) -> float:
+    """Return what the steps' full samples leave of ``delta``; negative if nothing is left."""
+    return delta - OVERFLOW_PROBABILITY * sum(mechanism.steps for mechanism in mechanisms)
 
 
 class _NumpyFourier:

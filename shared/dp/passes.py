@@ -6,13 +6,12 @@ same number of passes of the same size, whoever joins; empty rows are padding.
 Room is needed for a public number of patients. A hospital has at most :func:`most_patients`, N; each joins a step
 with ``sample_rate`` q. :func:`most_sampled` is the least c with
 
-    P[Binomial(N, q) > c] ≤ η = ``OVERFLOW_PROBABILITY`` = 2⁻⁵⁰
+    P[Binomial(N - 1, q) ≥ c] ≤ η = ``OVERFLOW_PROBABILITY`` = 2⁻⁴⁰
 
-and a larger sample is cut to the room there is, which is at least c. For every data set of at most N patients the step
-that cuts and the step that does not differ only if the sample is larger than c. The number of patients who join is
-Binomial(n, q) with n ≤ N, which is at most as likely to exceed c as Binomial(N, q) is. So the two steps' outputs differ
-with probability at most η, on each of two neighbouring data sets. A run of T steps that is (ε, δ) without the cut is
-(ε, δ + (1 + e^ε)·T·η) with it; :mod:`shared.accounting` charges that.
+and a larger sample is cut to the room there is, which is at least c. Take two neighbouring data sets of at most N
+patients. Unless c or more of the patients they share were sampled, both samples have at most c patients and nothing is
+cut, on either of them. The number of shared patients who join is Binomial(n, q) with n ≤ N - 1, which is at most as
+likely to reach c as Binomial(N - 1, q) is. :mod:`shared.accounting` shows why delta pays η a step for that.
 """
 
 import math
@@ -28,21 +27,22 @@ from shared.accounting import OVERFLOW_PROBABILITY
 from shared.tasks.base import Batch
 
 _RECORDS_AT_ONCE = 64
-_TENTH, _FEWEST_MORE = 10, 10
+_TWENTIETH, _FEWEST_MORE = 20, 5
 
 
 def most_patients(declared_patients: int) -> int:
-    """Return how many patients a hospital that declares so many may have: a tenth more, and at least ten more.
+    """Return how many patients a hospital that declares so many may have: a twentieth more, and at least five more.
 
     Declared numbers are rounded, and a hospital gains patients after it has declared.
     """
-    return declared_patients + max(_FEWEST_MORE, declared_patients // _TENTH)
+    return declared_patients + max(_FEWEST_MORE, declared_patients // _TWENTIETH)
 
 
 def most_sampled(declared_patients: int, sample_rate: float) -> int:
-    """Return the least c that a step's sample exceeds with probability at most ``OVERFLOW_PROBABILITY``; see above."""
-    most = most_patients(declared_patients)
-    return bisect_left(range(most), True, key=lambda c: _exceeds(c, most, sample_rate) <= OVERFLOW_PROBABILITY)
+    """Return the least c, at least 1, that a sample reaches with probability at most ``OVERFLOW_PROBABILITY``."""
+    others = most_patients(declared_patients) - 1
+    rare = bisect_left(range(others), True, key=lambda c: _exceeds(c, others, sample_rate) <= OVERFLOW_PROBABILITY)
+    return rare + 1
 
 
 def _exceeds(count: int, most: int, sample_rate: float) -> float:
@@ -76,7 +76,7 @@ class Passes:
             sample_rate: The plan's.
         """
         most = max(1, (records_at_once or _RECORDS_AT_ONCE) // records_per_patient - 1)
-        sampled = max(1, most_sampled(declared_patients, sample_rate))
+        sampled = most_sampled(declared_patients, sample_rate)
         count = math.ceil(sampled / most)
         return cls(math.ceil(sampled / count), count)
 

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from client.audit import AuditLog
 from client.audit_check import verify
+from client.budget import Admission, Rule, Spending
 from client.chain import Head, encode, read_chain
 from client.ledger import Ledger, ReleaseRequest
 from shared.accounting import Mechanism
@@ -51,9 +52,10 @@ class Books:
         details = {"sample_rate": 0.5, "noise_multiplier": 2.0, "steps": 3, "delta": DELTA}
         request = ReleaseRequest("r", number, "task", "store", "plan", f"digest-{number}", MECHANISM, DELTA)
 
-        def check(earlier: tuple[Mechanism, ...]) -> None:
-            if len(earlier) >= cap:
+        def check(spending: Spending) -> Admission:
+            if len(spending.releases) >= cap:
                 raise BudgetExceeded("spent")
+            return Admission("r", Rule.FILTER, MECHANISM, 4)
 
         with log.decision(**asked) as session:
             died(crash == "asked")
@@ -287,7 +289,9 @@ def test_a_ledger_that_was_edited_is_found(books: Books, statement: str, said: s
 def test_a_release_without_its_line_is_found(books: Books) -> None:
     """Somebody who uses the ledger and not the log."""
     request = ReleaseRequest("r", 5, "task", "store", "plan", "d", MECHANISM, DELTA)
-    books.ledger.commit(books.ledger.reserve(request, b"key", lambda _: None), b"reply")
+    books.ledger.commit(
+        books.ledger.reserve(request, b"key", lambda _: Admission("r", Rule.FILTER, MECHANISM, 4)), b"reply"
+    )
     assert any("never reserved" in problem for problem in verify(books.log).problems)
 
 

@@ -186,9 +186,11 @@ def test_from_intake_to_a_verified_ledger(
     assert call(monkeypatch, "ledger", site, "--json") == 0
     books = json.loads(capfd.readouterr().out)
     assert [(row["run"], row["round"]) for row in books["releases"]] == [(f"{'a' * 16}/run", 1)]
-    assert books["epsilon"] == pytest.approx(opened.ledger.epsilon(opened.policy.max_delta))
+    assert books["epsilon"] == pytest.approx(opened.ledger.spending().epsilon(opened.policy.cap))
     assert books["remaining"] == pytest.approx(8.0 - books["epsilon"])
-    assert {point["delta"] for point in books["epsilon_at_delta"]} == {PLAN.delta, opened.policy.max_delta}
+    assert [(run["run"], run["planned_steps"]) for run in books["runs"]] == [
+        (f"{'a' * 16}/run", PLAN.mechanism(PLAN.rounds).steps)
+    ]
     assert call(monkeypatch, "ledger", site) == 0
     (row,) = [line for line in capfd.readouterr().out.splitlines() if f"{'a' * 16}/run" in line]
     (release,) = books["releases"]  # whole, though no terminal shows it

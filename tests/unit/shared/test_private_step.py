@@ -11,6 +11,7 @@ from scipy import stats
 from torch import Generator, Tensor, nn
 from torch.optim import SGD
 
+from shared.accounting import OVERFLOW_PROBABILITY
 from shared.dp.noise import KeyStream, NoiseSource, SecureNoise, SeededNoise
 from shared.dp.passes import Passes, most_patients, most_sampled
 from shared.dp.step import PrivateStep
@@ -221,12 +222,12 @@ def test_a_sample_beyond_the_public_room_is_cut() -> None:
 @pytest.mark.parametrize("declared", [1, 10, 37, 200, 5000])
 @pytest.mark.parametrize("rate", [1e-4, 0.02, 0.5, 0.99, 1.0])
 def test_the_room_is_the_least_that_hardly_any_sample_exceeds(declared: int, rate: float) -> None:
-    """Against SciPy's binomial distribution; fewer patients than the most exceed it less often."""
-    most, room = most_patients(declared), most_sampled(declared, rate)
-    assert stats.binom.sf(room, most, rate) <= 2.0**-50
-    assert room == 0 or stats.binom.sf(room - 1, most, rate) > 2.0**-50
-    assert room <= most
-    assert stats.binom.sf(room, most - 1, rate) <= stats.binom.sf(room, most, rate)
+    """Against SciPy's binomial distribution, of all patients but one; fewer patients reach the room less often."""
+    others, room = most_patients(declared) - 1, most_sampled(declared, rate)
+    assert 1 <= room <= others + 1
+    assert stats.binom.sf(room - 1, others, rate) <= OVERFLOW_PROBABILITY
+    assert room == 1 or stats.binom.sf(room - 2, others, rate) > OVERFLOW_PROBABILITY
+    assert stats.binom.sf(room - 1, others - 1, rate) <= stats.binom.sf(room - 1, others, rate)
 
 
 @pytest.mark.parametrize(("records", "at_once"), [(1, None), (2, None), (64, None), (4, 256), (64, 10)])

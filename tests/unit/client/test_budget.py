@@ -1,0 +1,209 @@
+"""The cap holds against a server that chooses each plan after seeing the last reply."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
+from dp_accounting.rdp import RdpAccountant
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from client.budget import Admission, Cap, Proposal, Rule, Spending, admit
+from shared.accounting import OVERFLOW_PROBABILITY, Mechanism, epsilon_of
+from shared.errors import BudgetExceeded, PlanError
+from shared.renyi import ORDERS, adaptive_epsilon_of, best_order, renyi_epsilon
+
+DELTA = 1e-3
+CAP = Cap(8.0, DELTA)
+FULL = Mechanism(0.3, 2.36, 240)
+"""Its tight epsilon at ``DELTA`` is just below 8 when asked for 8 by hand; a filter states more."""
+SMALL = Mechanism(0.3, 4.0, 60)
+ROUND = Mechanism(0.3, 4.0, 6)
+
+
+def whole(run: str, planned: Mechanism, delta: float = DELTA) -> Proposal:
+    return Proposal(run, planned, delta)
+
+
+def one_round(run: str, planned: Mechanism, steps: int, delta: float = DELTA) -> Proposal:
+    return Proposal(run, planned, delta, replace(planned, steps=steps))
+
+
+def released(spending: Spending, proposal: Proposal, cap: Cap = CAP) -> Spending:
+    return spending.after(proposal.run, proposal.release or proposal.planned, admit(spending, proposal, cap))
+
+
+def oracle(mechanisms: list[Mechanism], delta: float, order: int) -> float:
+    """The filter's epsilon by dp_accounting's own accountant, all at once."""
+    accountant = RdpAccountant([order], NeighboringRelation.ADD_OR_REMOVE_ONE)
+    for mechanism in mechanisms:
+        step = PoissonSampledDpEvent(mechanism.sample_rate, GaussianDpEvent(mechanism.noise_multiplier))
+        accountant.compose(step, mechanism.steps)
+    return float(accountant.get_epsilon(delta))
+
+
+@pytest.mark.parametrize(
+    ("plan", "delta"),
+    [(Mechanism(0.3, 2.5, 240), 2.6e-4), (Mechanism(0.1, 1.0, 200), 1e-5), (Mechanism(0.01, 1.0, 10_000), 1e-5)],
+)
+def test_the_filter_is_about_a_tenth_above_the_tight_epsilon(plan: Mechanism, delta: float) -> None:
+    tight = epsilon_of([plan], delta)
+    order = best_order(plan, tight * 1.1, delta)
+    assert 1.05 * tight < renyi_epsilon([plan], delta, order) < 1.13 * tight
+    assert renyi_epsilon([plan], delta, order) == pytest.approx(oracle([plan], delta, order), abs=1e-6)
+
+
+def test_a_plan_of_the_very_cap_is_admitted_as_a_hospitals_first() -> None:
+    assert 7.5 < epsilon_of([FULL], DELTA) <= 8.0 < oracle([FULL], DELTA, best_order(FULL, 8.0, DELTA))
+    assert admit(Spending(), whole("first", FULL), CAP).rule is Rule.PLD
+    spending = Spending()
+    for _ in range(40):
+        spending = released(spending, one_round("first", FULL, 6))
+    assert spending.epsilon(CAP) == epsilon_of([FULL], DELTA)
+    with pytest.raises(BudgetExceeded):
+        admit(spending, one_round("first", FULL, 6), CAP)
+
+
+@pytest.mark.parametrize("rounds", [1, 20, 40])
+def test_after_a_run_admitted_by_pld_alone_there_is_no_other_even_if_it_ends_early(rounds: int) -> None:
+    """Else a server stops the first run where its loss is small and goes on: both rules' deltas would add up."""
+    spending = Spending()
+    for _ in range(rounds):
+        spending = released(spending, one_round("first", FULL, 6))
+    for proposal in (one_round("second", SMALL, 1), whole("second", SMALL), one_round("second", FULL, 6)):
+        with pytest.raises(BudgetExceeded, match="first run was admitted whole"):
+            admit(spending, proposal, CAP)
+
+
+def test_a_raised_cap_counts_all_of_a_run_admitted_by_pld() -> None:
+    spending = released(Spending(), one_round("first", FULL, 6))
+    order = spending.admissions[0].order
+    room = oracle([FULL, SMALL], DELTA, order)
+    assert admit(spending, whole("second", SMALL), Cap(room + 1e-6, DELTA)).rule is Rule.FILTER
+    with pytest.raises(BudgetExceeded):
+        admit(spending, whole("second", SMALL), Cap(room - 1e-3, DELTA))
+    assert released(spending, whole("second", SMALL), Cap(room + 1e-6, DELTA)).epsilon(CAP) == pytest.approx(room)
+
+
+def test_a_lowered_cap_ends_a_run_admitted_by_pld() -> None:
+    spending = released(Spending(), one_round("first", FULL, 6))
+    with pytest.raises(BudgetExceeded):
+        admit(spending, one_round("first", FULL, 6), Cap(7.0, DELTA))
+
+
+def test_under_the_filter_rounds_that_are_not_run_are_not_spent() -> None:
+    spending = released(Spending(), one_round("first", SMALL, 6))
+    assert spending.admissions[0].rule is Rule.FILTER
+    assert spending.epsilon(CAP) == pytest.approx(oracle([ROUND], DELTA, spending.admissions[0].order), abs=1e-6)
+    assert spending.epsilon(CAP) < oracle([SMALL], DELTA, spending.admissions[0].order)
+
+
+def test_a_query_counts_the_whole_plan_once_though_it_began() -> None:
+    spending = released(Spending(), one_round("first", SMALL, 6))
+    tight = Cap(oracle([SMALL], DELTA, spending.admissions[0].order) + 1e-6, DELTA)
+    assert admit(spending, whole("first", SMALL), tight).rule is Rule.FILTER
+    with pytest.raises(BudgetExceeded):
+        admit(spending, whole("second", SMALL), tight)
+
+
+def test_a_changed_plan_under_a_name_that_pld_admitted_is_refused() -> None:
+    spending = released(Spending(), one_round("first", FULL, 6))
+    with pytest.raises(BudgetExceeded):
+        admit(spending, one_round("first", replace(FULL, sample_rate=0.1), 6), CAP)
+
+
+def test_the_order_is_fixed_with_the_first_release() -> None:
+    """A filter that took the best order afterwards would let each outcome use all of delta under its own."""
+    low, high = Cap(2.0, DELTA), Cap(12.0, DELTA)
+    spending = released(Spending(), one_round("first", SMALL, 6), low)
+    assert best_order(SMALL, low.epsilon, DELTA) == spending.admissions[0].order != best_order(SMALL, 12.0, DELTA)
+    assert admit(spending, one_round("second", SMALL, 6), high).order == spending.admissions[0].order
+
+
+def test_a_ledger_from_before_admissions_counts_what_it_holds() -> None:
+    old = Spending((("first", ROUND), ("first", ROUND), ("second", ROUND)))
+    order = best_order(ROUND, 8.0, DELTA)
+    assert old.epsilon(CAP) == pytest.approx(oracle([ROUND] * 3, DELTA, order), abs=1e-6)
+    assert admit(old, whole("third", SMALL), CAP).rule is Rule.FILTER
+    with pytest.raises(BudgetExceeded):
+        admit(old, whole("third", FULL), CAP)
+
+
+def test_a_run_that_began_before_admissions_goes_on_under_its_fixed_plan() -> None:
+    old = Spending((("first", replace(FULL, steps=6)),) * 3)
+    assert admit(old, one_round("first", FULL, 6), CAP).rule is Rule.PLD
+
+
+def test_without_noise_only_a_hospital_without_a_cap_takes_part() -> None:
+    plain = Mechanism(0.5, 0.0, 10)
+    assert admit(Spending(), whole("first", plain), Cap(math.inf, DELTA)).rule is Rule.FILTER
+    with pytest.raises(BudgetExceeded):
+        admit(Spending(), whole("first", plain), CAP)
+    assert released(Spending(), whole("first", plain), Cap(math.inf, DELTA)).epsilon(CAP) == math.inf
+
+
+PLANS = st.builds(
+    Mechanism, st.sampled_from([0.05, 0.3, 1.0]), st.sampled_from([1.0, 2.36, 6.0]), st.sampled_from([2, 40, 240])
+)
+
+
+@given(
+    plans=st.lists(PLANS, min_size=1, max_size=4),
+    asked=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 60)), min_size=1, max_size=30),
+    cap=st.sampled_from([1.0, 4.0, 8.0, 12.0]),
+)
+@settings(max_examples=150)
+def test_whatever_a_server_asks_for_the_cap_holds(
+    plans: list[Mechanism], asked: list[tuple[int, int]], cap: float
+) -> None:
+    """Whichever runs it interleaves and wherever it stops them: one of the two arguments covers all of it."""
+    limit, spending = Cap(cap, DELTA), Spending()
+    for number, steps in asked:
+        planned = plans[number % len(plans)]
+        proposal = one_round(f"run-{number}", planned, min(steps, planned.steps))
+        try:
+            spending = released(spending, proposal, limit)
+        except BudgetExceeded:
+            continue
+    if not spending.releases:
+        return
+    first = spending.admissions[0]
+    all_of_it = [mechanism for _, mechanism in spending.releases]
+    if first.rule is Rule.PLD:
+        assert {run for run, _ in spending.releases} == {first.run}
+        assert sum(mechanism.steps for mechanism in all_of_it) <= first.planned.steps
+        assert epsilon_of([first.planned], DELTA) <= cap + 1e-6
+    else:
+        assert all(admission == replace(admission, order=first.order) for admission in spending.admissions)
+        assert oracle(all_of_it, DELTA, first.order) <= cap + 1e-6
+    assert spending.epsilon(limit) <= cap + 1e-6
+
+
+def test_the_room_for_a_sample_is_paid_from_delta() -> None:
+    """With no more than that at stake nothing is promised; with a little more, more than the bare epsilon."""
+    mechanism, order = Mechanism(0.1, 1.0, 1000), 4
+    charge = mechanism.steps * OVERFLOW_PROBABILITY
+    assert renyi_epsilon([mechanism], charge, order) == epsilon_of([mechanism], charge) == math.inf
+    assert renyi_epsilon([mechanism], 2 * charge, order) == pytest.approx(oracle([mechanism], charge, order), abs=1e-9)
+    assert math.isfinite(epsilon_of([mechanism], 2 * charge))
+
+
+@pytest.mark.parametrize("order", [0, 1, 1.5, ORDERS[-1] + 1])
+def test_an_order_out_of_range_is_refused(order: int) -> None:
+    with pytest.raises(PlanError, match="order"):
+        renyi_epsilon([SMALL], DELTA, order)
+
+
+def test_epsilon_of_runs_that_follow_from_one_another() -> None:
+    assert adaptive_epsilon_of([], DELTA) == 0.0
+    one, both = adaptive_epsilon_of([SMALL], DELTA), adaptive_epsilon_of([SMALL, FULL], DELTA)
+    assert epsilon_of([SMALL], DELTA) < one < both
+    assert adaptive_epsilon_of([SMALL, replace(SMALL, noise_multiplier=0.0)], DELTA) == math.inf
+
+
+def test_an_admission_is_remembered_once() -> None:
+    spending = released(Spending(), one_round("first", SMALL, 6))
+    again = spending.after("first", ROUND, Admission("first", Rule.FILTER, SMALL, 9))
+    assert again.admissions == spending.admissions
+    assert len(again.releases) == 2
