@@ -214,8 +214,8 @@ _HOSTILE: Mapping[tuple[type[nn.Module], str], Callable[[nn.Module], None]] = {
     (LungCTNet, OVERFLOW): lambda model: _classifier(model, 6e37, _TINY, 1e-30, 1e-3, threshold=0.0),
     # Only a bright patch lights anything, and what lights has a tiny gradient.
     (LungCTNet, SUBNORMAL): lambda model: _classifier(model, 1.0, 0.01, 0.01, _TINY, threshold=0.6),
-    # 16 bright pixels, 1.0 each for the discriminator, overflow; 16 dark ones, -0.6 each, do not.
-    (ConditionalGan, OVERFLOW): lambda model: _discriminator(model, 2.5e37, _TINY, 1e-37, 0.01, offset=0.0),
+    # 16 bright pixels, 1.0 each for the discriminator, overflow; 16 dark ones, -0.6, and padding, -1.0, do not.
+    (ConditionalGan, OVERFLOW): lambda model: _discriminator(model, 2.5e37, _TINY, 1e-37, 0.01, offset=2e38),
     # Where a bright patch turns the first layer negative, its slope takes the gradient below the normal format.
     (ConditionalGan, SUBNORMAL): lambda model: _discriminator(model, -1.0, 0.01, 1.0, _TINY, offset=5.0),
 }

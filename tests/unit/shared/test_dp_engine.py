@@ -364,3 +364,22 @@ def test_one_patients_nan_or_infinity_reaches_no_other_row(case: str, where: str
     expected, _ = by_hand(make(build), x[others], 0.5)
     for found, wanted in zip(sums[1], expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("cell", [nn.GRU, nn.LSTM])
+def test_tanh_of_the_smallest_numbers_takes_the_short_way(cell: type[nn.RNNBase], monkeypatch: Any) -> None:
+    """The library behind tanh takes ten times as long below 1e-30; no such number may reach it."""
+    seen: list[Tensor] = []
+    tanh = Tensor.tanh_
+    monkeypatch.setattr(Tensor, "tanh_", lambda values: seen.append(values.clone()) or tanh(values))
+    model = make(seq(First(cell(3, 4, batch_first=True))))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1e-25)
+    engine = BookKeeping(model)
+    engine.start(2)
+    model(torch.ones(2, 5, 3, dtype=torch.float64))
+    engine.close()
+    values = torch.cat([part.flatten() for part in seen])
+    assert len(values) >= 2 * 5 * 4
+    assert ((values == 0.0) | (values.abs() > 1e-20)).all()
