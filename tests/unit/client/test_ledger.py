@@ -63,6 +63,18 @@ def test_a_committed_release_is_replayed_and_its_key_is_gone(ledger: Ledger, tmp
     assert len(ledger.mechanisms()) == 1
 
 
+def test_no_byte_of_an_old_key_or_reply_stays_in_the_file(ledger: Ledger, tmp_path: Path) -> None:
+    """SQLite leaves what is deleted in its free pages, unless it is told to overwrite them (``secure_delete``)."""
+    keys = [bytes([number]) * 16 + b"a secret of one." for number in range(1, 7)]
+    replies = [bytes([65 + number]) * 40_000 for number in range(1, 7)]
+    for number, (key, reply) in enumerate(zip(keys, replies, strict=True), start=1):
+        ledger.commit(ledger.reserve(request(number), key, allow), reply)
+    content = (tmp_path / "ledger.sqlite").read_bytes()
+    assert replies[-1][:1000] in content
+    assert [key for key in keys if key in content] == []
+    assert [reply[:100] for reply in replies[:-1] if reply[:100] in content] == []
+
+
 @pytest.mark.parametrize("committed", [True, False])
 def test_other_weights_under_the_same_round_are_refused(ledger: Ledger, committed: bool) -> None:
     reservation = ledger.reserve(request(weights="w"), b"key", allow)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Message
+from flwr.supercore.task_identity import TaskIdentity
 
 from client.training import Randomness, train_round
 from server.replies import FAULTY, Dropped, check_reply, largest_update
@@ -31,6 +32,12 @@ PLAN = RunPlan(
     learning_rate=0.5,
 )
 PATIENTS = 16
+
+
+@pytest.fixture(autouse=True)
+def _server_identity() -> None:
+    """Flower stamps a message with the identity of the process's task; these tests make messages outside of any."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
 
 
 @pytest.mark.parametrize(
