@@ -1,7 +1,7 @@
 """A hospital's folder and what it answers: policy, store, ledger, audit log and training joined.
 
 site.toml        the policy (client.config)
-store/           the prepared store (shared.records)
+stores/KIND/     the prepared stores, one of each kind (shared.records)
 ledger.sqlite    the privacy ledger (client.ledger)
 audit.jsonl      the audit log (client.audit)
 """
@@ -30,11 +30,11 @@ from shared.dp.noise import KEY_BYTES
 from shared.errors import ErrorCode, PolicyError, ProtocolError
 from shared.messages import PlanQuery, SiteOffer, TrainReply, TrainRequest
 from shared.plan import RunPlan
-from shared.records import RecordStore
+from shared.records import RecordStore, open_store, stores_in
 from shared.tasks.base import Task
 from shared.tasks.registry import find_task
 
-LEDGER, AUDIT, POLICY, STORE = "ledger.sqlite", "audit.jsonl", "site.toml", "store"
+LEDGER, AUDIT, POLICY = "ledger.sqlite", "audit.jsonl", "site.toml"
 _PARSERS: Mapping[str, Callable[[RecordDict], PlanQuery | TrainRequest]] = {
     "query": PlanQuery.from_content,
     "train": TrainRequest.from_content,
@@ -78,9 +78,23 @@ class Site:
         return AuditLog(self.folder / AUDIT, self.ledger)
 
     @cached_property
-    def store(self) -> RecordStore:
-        """The hospital's prepared patients."""
-        return RecordStore.open(self.folder / STORE)
+    def _stores(self) -> dict[str, RecordStore]:
+        """The stores opened so far, by kind: a run goes on with the patients with which it began."""
+        return {}
+
+    def store_of(self, kind: str) -> RecordStore:
+        """The hospital's prepared patients of one kind. All kinds share the ledger, its cap and the pseudonyms.
+
+        Raises:
+            PolicyError: If only other kinds are prepared.
+            StorageError: If nothing is, or the store is damaged.
+        """
+        if kind not in self._stores:
+            others = [name for name in stores_in(self.folder) if name not in ("", kind)]
+            if others and kind not in stores_in(self.folder):
+                raise PolicyError(f"The prepared stores hold {', '.join(others)}, the task reads {kind}. Run intake.")
+            self._stores[kind] = open_store(self.folder, kind)
+        return self._stores[kind]
 
     def synthetic(self, task: Task) -> Synthetic | None:
         """The synthetic patients that ``augment-with`` adds to a task's; ``None`` if there are none.
@@ -155,9 +169,10 @@ class Site:
         if reservation.key is None:
             raise ProtocolError("This release is closed.", ErrorCode.REPLAY_MISMATCH)
         with self.audit.failures("failed", **asked):
-            own, synthetic = task.load(self.store), self.synthetic(task)
+            store, synthetic = self.store_of(task.store_kind), self.synthetic(task)
+            own = task.load(store)
             # Drawn as the hospital's own are: X-rays, for one, are not turned.
-            added = replace(synthetic.patients, attributes=self.store.attributes) if synthetic else None
+            added = replace(synthetic.patients, attributes=store.attributes) if synthetic else None
             weights = train_round(
                 task,
                 Augmented(task.load(added), own) if added else own,
@@ -178,7 +193,7 @@ class Site:
             run=self._run(request.run),
             round=request.round,
             task=plan.task,
-            store_digest=self.store.digest,
+            store_digest=self.store_of(task.store_kind).digest,
             plan_digest=plan.digest,
             digest=request.digest,
             mechanism=plan.mechanism(rounds=1),
@@ -208,7 +223,8 @@ class Site:
                 composed = (*earlier, reserving)
                 details |= {
                     "task": plan.task,
-                    "store": self.store.digest,
+                    "store": self.store_of(find_task(plan.task).store_kind).digest,
+                    "store_kind": find_task(plan.task).store_kind,
                     "policy": self.policy.digest,
                     "sample_rate": reserving.sample_rate,
                     "noise_multiplier": reserving.noise_multiplier,
@@ -221,8 +237,7 @@ class Site:
     def _admit(self, plan: RunPlan) -> Task:
         check_plan(plan, self.policy)
         task = find_task(plan.task)
-        if self.store.kind != task.store_kind:
-            raise PolicyError(f"The prepared store holds {self.store.kind}, the task reads {task.store_kind}.")
+        self.store_of(task.store_kind)
         return task
 
     def _run(self, name: str) -> str:

@@ -9,7 +9,7 @@ read. Other columns are ignored, so a list may carry remarks; they are never loo
 import csv
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +57,7 @@ def read_annotations(path: Path) -> tuple[list[Annotation], Counter[RejectCode]]
     """
     rejected: Counter[RejectCode] = Counter()
     copies: dict[tuple[str, Point], list[Annotation]] = {}
-    for row in _rows(path):
+    for row in annotation_rows(path):
         try:
             annotation = _parse(row)
         except Rejected as outcome:
@@ -72,8 +72,12 @@ def read_annotations(path: Path) -> tuple[list[Annotation], Counter[RejectCode]]
     return sorted(usable), +rejected
 
 
-def _rows(path: Path) -> Iterator[Mapping[str, str]]:
-    """Yield each row by column name; an empty mapping for a line that is no row."""
+def annotation_rows(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[Mapping[str, str]]:
+    """Yield each row by column name; an empty mapping for a line that is no row.
+
+    Raises:
+        IntakeError: If there is no such file or it has not ``columns``.
+    """
     problem = ""
     try:
         with open_table(path) as handle:
@@ -81,8 +85,8 @@ def _rows(path: Path) -> Iterator[Mapping[str, str]]:
             first = next(lines, "") or ""
             delimiter = delimiter_of(first)
             header = _cells(first, delimiter)
-            if not set(COLUMNS) <= set(header):
-                problem = f"The annotations need a first row with the columns {', '.join(COLUMNS)}."
+            if not set(columns) <= set(header):
+                problem = f"The annotations need a first row with the columns {', '.join(columns)}."
             else:
                 for line in lines:
                     if line is None or line.strip():

@@ -155,6 +155,8 @@ def _nothing_left(files: int, counts: Counter[GlucoseCode]) -> str:
 def _find_files(source: Path, store: Path, counts: Counter[GlucoseCode]) -> list[Path]:
     if source.is_file():
         return [source]
+    if source.exists() and not source.is_dir():
+        raise IntakeError("The export is a pipe, socket or device. Copy it to a file, and name that.")
     if not source.is_dir():
         raise IntakeError("There is no such file or folder of glucose exports. Name the CSV file or its folder.")
     found = list_files(source, frozenset({store.resolve()}))
