@@ -88,9 +88,9 @@ class _Table:
 
     def __init__(self, handle: TextIO, mapping: CsvMapping) -> None:
         below = lines_of(handle)
-        lines = [line or "" for line in islice(below, _HEADER_LINES)]
+        lines = list(islice(below, _HEADER_LINES))
         layouts = [mapping.layout] if mapping.layout else list(PRESETS.values())
-        number, self.header = find_header(lines, layouts)
+        number, self.header = find_header([line or "" for line in lines], layouts)
         self.mapping = mapping
         self.source = chain(lines[number + 1 :], below)
         self.layout = self.header.layout
