@@ -31,7 +31,7 @@ from client.intake.lanes import Lanes
 from client.intake.patches import plan_patches
 from client.intake.pseudonyms import PatientIdentity
 from client.intake.rejects import RejectCode, Rejected
-from client.intake.series import Series, group_series, settle_patients
+from client.intake.series import Series, group_series, settle_patients, split_numbers
 from shared.errors import IntakeError
 from shared.records import PatientItem, write_store
 from shared.tasks.ct_nodules import SLICE_OFFSETS_MM, SPACING_MM, STORE_KIND, VENDORS, WINDOW_HU
@@ -174,6 +174,7 @@ def _usable_series(
     settled, left_out = settle_patients(headers, rule)
     series, copies = group_series(settled, key)
     rejected[RejectCode.NO_ISSUER] += left_out
+    rejected[RejectCode.SPLIT_NUMBER] += split_numbers(settled)
     rejected[RejectCode.DUPLICATE_FILE] += copies
     rejected.update(outcome for outcome in series.values() if isinstance(outcome, RejectCode))
     return series

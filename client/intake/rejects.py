@@ -55,6 +55,13 @@ class RejectCode(_Code):
     UNSUPPORTED_SYNTAX = "unsupported-syntax", "file", "a transfer syntax that cannot be decoded here"
     DUPLICATE_FILE = "duplicate-file", "file", "an identical copy of another file; one is kept"
 
+    # What may be one person under two identities. Not a loss, and nothing is decided by it.
+    SPLIT_NUMBER = (
+        "split-number",
+        "number",
+        "a PatientID here with an issuer, there without: two patients; see site.toml [intake]",
+    )
+
     # Series.
     MIXED_PATIENTS = "mixed-patients", "series", "slices of more than one patient under one series UID"
     MIXED_SERIES = "mixed-series", "series", "slices of different size, spacing, orientation, frame or maker"

@@ -56,6 +56,14 @@ def settle_patients(headers: Iterable[SliceHeader], rule: IssuerRule) -> tuple[l
     return settled, len(headers) - len(settled)
 
 
+def split_numbers(headers: Iterable[SliceHeader]) -> int:
+    """Count the PatientIDs that stand with an issuer and without one: told to the steward, and no record depends on it."""
+    named: dict[str, set[bool]] = defaultdict(set)
+    for header in headers:
+        named[header.patient.patient_id].add(bool(header.patient.issuer))
+    return sum(len(both) == 2 for both in named.values())
+
+
 def group_series(
     headers: Iterable[SliceHeader], key: Callable[[PatientIdentity], bytes]
 ) -> tuple[dict[str, Series | RejectCode], int]:

@@ -246,6 +246,25 @@ def waves(path: Path, readings: int = 230, times: str = "plain") -> Path:
     return path
 
 
+def test_a_table_of_one_persons_identifiers_is_kept_for_later_intakes(
+    site: Path, dicom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "links.csv"
+    table.write_text("Doe-1\n")
+    export = waves(tmp_path / "clinic.csv")
+    assert call(monkeypatch, "intake", site, export, "--same-patient", table) == 1
+    error = capfd.readouterr().err
+    assert "Line 1 of links.csv" in error
+    assert "Doe" not in error
+    assert stores_in(site) == {}
+    table.write_text("Doe-1,Doe-2\nP-0,P-1\n")
+    assert call(monkeypatch, "intake", site, export, "--same-patient", table) == 0
+    assert "1 patients, 1 segments, 230 records" in capfd.readouterr().out  # the same readings twice
+    assert call(monkeypatch, "intake", site, dicom, "--workers", 1) == 0
+    assert "1 patients, 2 nodules" in capfd.readouterr().out  # the third is undecided
+    assert (site / "same-patient.json").stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.parametrize("folder", [False, True])
 def test_intake_without_annotations_takes_glucose(
     folder: bool, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

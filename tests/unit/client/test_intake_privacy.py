@@ -11,6 +11,7 @@ import pytest
 from client.intake import dicom
 from client.intake.dicom import read_header
 from client.intake.pseudonyms import PatientIdentity, load_or_create_secret, pseudonym
+from client.intake.rejects import RejectCode
 from shared.errors import IntakeError, StorageError
 
 CANARY = "Kanarienvogel"
@@ -121,7 +122,7 @@ def test_the_issuer_belongs_to_the_identity(export):
     report, _ = export.prepare()
     export.annotate(export.cube(patient="A"))
     report, _ = export.prepare()
-    assert (report.patients, report.nodules, report.rejected) == (6, 6, {})
+    assert (report.patients, report.nodules, report.rejected) == (6, 6, {RejectCode.SPLIT_NUMBER: 2})
 
 
 def test_pseudonyms_depend_on_secret_and_whole_identity():

@@ -95,10 +95,10 @@ def test_every_code_is_exercised_or_named_here():
         *(CODE.DUPLICATE_FILE, CODE.MIXED_PATIENTS, CODE.MIXED_SERIES, CODE.DUPLICATE_SLICES),
         *(CODE.IRREGULAR_STACK, CODE.TOO_FEW_SLICES, CODE.BAD_ROW, CODE.BAD_DIAMETER, CODE.BAD_MALIGNANCY),
         *(CODE.UNDECIDED, CODE.DUPLICATE_ANNOTATION, CODE.UNKNOWN_SERIES, CODE.REJECTED_SERIES),
-        *(CODE.OUTSIDE_VOLUME, CODE.MISSING_SLICES, CODE.UNDECODABLE),
+        *(CODE.OUTSIDE_VOLUME, CODE.MISSING_SLICES, CODE.UNDECODABLE, CODE.SPLIT_NUMBER),
     }
     assert by_edit | elsewhere == set(RejectCode)
-    assert {code.unit for code in RejectCode} == {"file", "series", "annotation"}
+    assert {code.unit for code in RejectCode} == {"file", "number", "series", "annotation"}
 
 
 def test_what_is_no_dicom_file(export):
