@@ -142,12 +142,14 @@ class Site:
         plan, run = query.plan, self._run(query.run)
         asked = {"kind": "query", "run": run, "plan": plan.digest}
         with self.audit.decision(**asked) as log:
-            self.synthetic(self._admit(plan))
+            task = self._admit(plan)
+            self.synthetic(task)
             if self.ledger.plan_of(run) not in (None, plan.digest):
                 raise ProtocolError("This run began here under another plan.", ErrorCode.PLAN_CHANGED)
             earlier = self.ledger.mechanisms(except_run=run)
             total = check_budget(earlier, plan.mechanism(plan.rounds), plan, self.policy)
-            log.note("accepted", **asked, policy=self.policy.digest, epsilon=_finite(total), delta=plan.delta)
+            facts = {"policy": self.policy.digest, "store_kind": task.store_kind}
+            log.note("accepted", **asked, **facts, epsilon=_finite(total), delta=plan.delta)
         return SiteOffer(self.policy.name, self.policy.declared_patients, plan.digest)
 
     def answer_train(self, request: TrainRequest) -> TrainReply:

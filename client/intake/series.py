@@ -57,7 +57,7 @@ def settle_patients(headers: Iterable[SliceHeader], rule: IssuerRule) -> tuple[l
 
 
 def split_numbers(headers: Iterable[SliceHeader]) -> int:
-    """Count the PatientIDs that stand with an issuer and without one: told to the steward, and no record depends on it."""
+    """Count the PatientIDs that stand both with an issuer and without; it is only told, and no record depends on it."""
     named: dict[str, set[bool]] = defaultdict(set)
     for header in headers:
         named[header.patient.patient_id].add(bool(header.patient.issuer))

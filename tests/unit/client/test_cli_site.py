@@ -257,11 +257,11 @@ def test_a_table_of_one_persons_identifiers_is_kept_for_later_intakes(
     assert "Line 1 of links.csv" in error
     assert "Doe" not in error
     assert stores_in(site) == {}
-    table.write_text("Doe-1,Doe-2\nP-0,P-1\n")
+    table.write_text("Doe-1,Doe-2\nP-0,P-2\n")
     assert call(monkeypatch, "intake", site, export, "--same-patient", table) == 0
     assert "1 patients, 1 segments, 230 records" in capfd.readouterr().out  # the same readings twice
     assert call(monkeypatch, "intake", site, dicom, "--workers", 1) == 0
-    assert "1 patients, 2 nodules" in capfd.readouterr().out  # the third is undecided
+    assert "1 patients, 2 nodules" in capfd.readouterr().out  # P-1 is undecided
     assert (site / "same-patient.json").stat().st_mode & 0o777 == 0o600
 
 
