@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from client.intake.glucose import prepare_glucose
 from client.intake.identities import Identities, IssuerRule, parse_rule
+from client.intake.links import Links
 from client.intake.nodules import prepare_nodules
 from client.intake.pseudonyms import PatientIdentity, pseudonym
 from client.intake.rejects import GlucoseCode, RejectCode
@@ -113,12 +114,11 @@ SERIES = st.fixed_dictionaries(
 )
 
 
-def whose(series, rule):
-    """Return who a series is meant to be of: the oracle, from the generator's own knowledge."""
-    if rule.issuer == "ignore":
-        return ("", series["number"])
-    stated = series["issuer"] if len(series["missing"]) < 4 else ""
-    return (stated or rule.missing, series["number"])
+def whose(series, identities):
+    """Return the pseudonym of whom a series is meant to be: the oracle, from the generator's own knowledge."""
+    rule = identities.rule
+    stated = series["issuer"] if len(series["missing"]) < 4 and rule.issuer != "ignore" else ""
+    return identities.key(SECRET, PatientIdentity(stated or rule.missing, series["number"]))
 
 
 def write(root, drawn):
@@ -143,27 +143,36 @@ def write(root, drawn):
     return export
 
 
-def prepared(drawn, rule):
+def prepared(drawn, identities):
     with TemporaryDirectory() as folder:
         export = write(Path(folder), drawn)
         try:
-            prepare_nodules(export.dicom, export.annotations, export.store, SECRET, identities=Identities(rule))
+            prepare_nodules(export.dicom, export.annotations, export.store, SECRET, identities=identities)
         except IntakeError:
             return {}
         return records(export.store)
 
 
+X_IS_Y = [((key("", "X"),) * 2, (key("", "Y"),) * 2)]
+
+
 @SLOW
-@given(drawn=st.lists(SERIES, min_size=2, max_size=6), rule=st.sampled_from(RULES), data=st.data())
-def test_one_patient_more_in_a_dicom_export_changes_nobody_elses_records(drawn, rule, data):
+@given(
+    drawn=st.lists(SERIES, min_size=2, max_size=6),
+    rule=st.sampled_from(RULES),
+    links=st.sampled_from([[], X_IS_Y]),
+    data=st.data(),
+)
+def test_one_patient_more_in_a_dicom_export_changes_nobody_elses_records(drawn, rule, links, data):
     """All but those one of whose series the patient's own files name; see ``client.intake.nodules``."""
-    gone = data.draw(st.sampled_from(sorted({whose(series, rule) for series in drawn})))
-    its_uids = {series["uid"] for series in drawn if whose(series, rule) == gone}
-    sharers = {whose(series, rule) for series in drawn if series["uid"] in its_uids}
-    with_it = prepared(drawn, rule)
-    without = prepared([series for series in drawn if whose(series, rule) != gone], rule)
+    identities = Identities(rule, Links.of(links))
+    gone = data.draw(st.sampled_from(sorted({whose(series, identities) for series in drawn})))
+    its_uids = {series["uid"] for series in drawn if whose(series, identities) == gone}
+    sharers = {whose(series, identities) for series in drawn if series["uid"] in its_uids}
+    with_it = prepared(drawn, identities)
+    without = prepared([series for series in drawn if whose(series, identities) != gone], identities)
     for patient in sharers:
-        with_it.pop(key(*patient), None), without.pop(key(*patient), None)
+        with_it.pop(patient, None), without.pop(patient, None)
     assert with_it == without
 
 
