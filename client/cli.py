@@ -42,6 +42,8 @@ Examples:
   fedward-site intake H1 /export/dicom --annotations annotations.csv
 
   fedward-site intake H1 /export/glucose.csv
+
+  fedward-site intake H1 /export/glucose.csv --same-patient links.csv
 """
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, epilog=_EXAMPLES)
 
@@ -104,14 +106,22 @@ def intake(
     site: SiteFolder,
     export: Annotated[Path, typer.Argument(help="Folder of DICOM files; or CSV file, or folder of them, of glucose.")],
     annotations: Annotated[
-        Path | None, typer.Option(help="CSV of nodules, for DICOM; also looked for inside the export.")
+        Path | None,
+        typer.Option(
+            help="CSV of nodules, for DICOM; also looked for inside the export. Default: its annotations.csv."
+        ),
+    ] = None,
+    same_patient: Annotated[
+        Path | None,
+        typer.Option(help="CSV of two identifiers a row that are one person; every later intake honours it too."),
     ] = None,
     workers: Workers = None,
 ) -> None:
-    """Read an export into the site's store, de-identified; count what is left out by its code.
+    """Read an export into the site's store of its kind, de-identified; count what is left out by its code.
 
-    With --annotations the export is DICOM with nodules, without it glucose readings as CSV, whose columns the table
-    [glucose] of site.toml may name. The server's reference patients are prepared by the same command.
+    The export is DICOM with a CSV of its nodules, or glucose readings as CSV, whose columns the table [glucose] of
+    site.toml may name. Each kind has a store of its own, under one ledger. The server's reference patients are
+    prepared by the same command.
     """
     from client.setup import fill_store
     from shared.errors import PolicyError
@@ -125,7 +135,14 @@ def intake(
                 stages[stage] = progress.add_task(stage, total=total)
             progress.update(stages[stage], completed=done)
 
-        report, replaced = fill_store(opened, export, annotations, workers=_workers(workers), on_progress=tell)
+        report, replaced = fill_store(
+            opened,
+            export,
+            annotations,
+            same_patient=same_patient,
+            workers=_workers(workers),
+            on_progress=tell,
+        )
     _show_intake(report)
     try:
         opened.check_patients()
@@ -187,11 +204,13 @@ def predict(
     """Score this hospital's own scans with a trained model."""
     from client.intake.pseudonyms import load_or_create_secret
     from client.predict import predict as score
-    from client.setup import PSEUDONYMS, find_annotations
+    from client.setup import PSEUDONYMS, find_annotations, identities_of
 
     secret = load_or_create_secret(open_site(site).folder / PSEUDONYMS) if site else None
+    who = identities_of(site) if site else None
     marked = find_annotations(annotations, dicom_dir)
-    _show_intake(score(checkpoint, dicom_dir, marked, out, secret=secret, workers=_workers(workers)))
+    report = score(checkpoint, dicom_dir, marked, out, secret=secret, identities=who, workers=_workers(workers))
+    _show_intake(report)
     say(f"predictions: {out}")
 
 

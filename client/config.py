@@ -119,7 +119,8 @@ class SitePolicy:
             raise StorageError(f"There is no readable site.toml at {path.parent}.") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise PolicyError(f"{path} is not valid TOML: {error}.") from error
-        raw.pop("glucose", None)  # the columns of exports, which only intake reads
+        for table in ("glucose", "intake"):  # how exports are read, which only intake asks
+            raw.pop(table, None)
         known = {field.name.replace("_", "-"): field for field in fields(cls)}
         if unknown := sorted(set(raw) - set(known)):
             raise PolicyError(f"{path} has unknown keys: {', '.join(unknown)}. The keys are: {', '.join(known)}.")

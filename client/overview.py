@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from client.audit_check import verify
-from client.site import STORE, Site
+from client.site import Site
 from client.status import HEALTH_PORT_FILE
 from shared.accounting import epsilon_of
 from shared.errors import StorageError
-from shared.records import RecordStore
+from shared.records import RecordStore, stores_in
 from shared.telemetry import health_of
 
 
@@ -55,7 +55,7 @@ def status_of(site: Site) -> dict[str, Any]:
     policy = {key.replace("_", "-"): value for key, value in asdict(site.policy).items()}
     return {
         "policy": policy | {"max-epsilon": _finite(site.policy.max_epsilon)},
-        "store": _store(site.folder / STORE),
+        "stores": {kind or "unknown": _store(path) for kind, path in stores_in(site.folder).items()},
         "budget": {key: books[key] for key in ("epsilon", "max_epsilon", "remaining", "max_delta")}
         | {"releases": len(books["releases"])},
         "audit": {"ok": not checked.problems, "lines": checked.head.sequence, "head": checked.head.sha256},
@@ -73,13 +73,11 @@ def daemon_health(folder: Path, configured: int) -> Mapping[str, Any]:
 
 
 def _store(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {"present": False}
     try:
         store = RecordStore.open(path)
     except StorageError:
-        return {"present": True, "usable": False}
-    return {"present": True, "usable": True, "kind": store.kind, "patients": len(store), "digest": store.digest}
+        return {"usable": False}
+    return {"usable": True, "patients": len(store), "digest": store.digest}
 
 
 def _finite(value: float) -> float | None:

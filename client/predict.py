@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from client.intake.annotations import COLUMNS
+from client.intake.annotations import COLUMNS, annotation_rows
+from client.intake.identities import Identities
 from client.intake.nodules import IntakeReport, prepare_nodules
 from client.intake.pseudonyms import SECRET_BYTES
 from client.trained import load_trained
@@ -23,7 +24,14 @@ _UNUSED_MALIGNANCY = "1"
 
 
 def predict(
-    checkpoint: Path, dicom_dir: Path, annotations: Path, out: Path, *, secret: bytes | None = None, workers: int = 1
+    checkpoint: Path,
+    dicom_dir: Path,
+    annotations: Path,
+    out: Path,
+    *,
+    secret: bytes | None = None,
+    identities: Identities | None = None,
+    workers: int = 1,
 ) -> IntakeReport:
     """Write the probability of malignancy of every annotated nodule to ``out``, and return what intake counted.
 
@@ -33,6 +41,7 @@ def predict(
         annotations: Where the nodules are, as for intake; the column ``malignancy`` may be absent and is not read.
         out: CSV with one line a nodule.
         secret: Of the site, so that a patient has the same pseudonym as in its store; by default a fresh one.
+        identities: Of the site, so that identifiers of one person have one pseudonym; by default no links.
         workers: Processes that read and decode.
 
     Raises:
@@ -45,7 +54,8 @@ def predict(
         marked = Path(folder) / "annotations.csv"
         _write_positions(annotations, marked)
         store = Path(folder) / "store"
-        report = prepare_nodules(dicom_dir, marked, store, secret or secrets.token_bytes(SECRET_BYTES), workers=workers)
+        key = secret or secrets.token_bytes(SECRET_BYTES)
+        report = prepare_nodules(dicom_dir, marked, store, key, identities=identities, workers=workers)
         write_atomic(out, _table(model, RecordStore.open(store)))
     return report
 
@@ -58,16 +68,12 @@ def load_model(checkpoint: Path) -> nn.Module:
 def _write_positions(annotations: Path, target: Path) -> None:
     """Copy the nodules' positions; the readers' own judgement, if any, plays no part in a prediction."""
     wanted = COLUMNS[:-1]
-    try:
-        with annotations.open(encoding="utf-8-sig", errors="replace", newline="") as handle:
-            rows = list(csv.DictReader(handle, skipinitialspace=True))
-    except (OSError, csv.Error):
-        rows = []
-    if not rows or not set(wanted) <= set(rows[0]):
-        raise IntakeError(f"{annotations.name} must be a CSV file with the columns {', '.join(wanted)} and some rows.")
+    rows = list(annotation_rows(annotations, wanted))
+    if not rows:
+        raise IntakeError(f"{annotations.name} has no row below its header; it must say where the nodules are.")
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerows([COLUMNS, *([*(row[column] or "" for column in wanted), _UNUSED_MALIGNANCY] for row in rows)])
+    writer.writerows([COLUMNS, *([*(row.get(column, "") for column in wanted), _UNUSED_MALIGNANCY] for row in rows)])
     target.write_text(text.getvalue(), encoding="utf-8")
 
 

@@ -10,16 +10,17 @@ from client.config import SitePolicy
 from client.intake.exports import holds_glucose
 from client.intake.glucose import GlucoseReport, prepare_glucose
 from client.intake.glucose_formats import read_mapping
+from client.intake.identities import Identities, read_identities
+from client.intake.links import LINKS, add_links, read_links
 from client.intake.nodules import IntakeReport, Progress, prepare_nodules
 from client.intake.pseudonyms import load_or_create_secret
 from client.keys import make_key
-from client.site import LEDGER, POLICY, STORE, Site, open_books
+from client.site import LEDGER, POLICY, Site, open_books
 from shared.errors import IntakeError, StorageError
 from shared.files import storage_errors, sync_directory, write_atomic
-from shared.records import RecordStore
+from shared.records import STORES, RecordStore, store_path, stores_in
 
-AUTHORITY, PSEUDONYMS = "ca.crt", "pseudonyms.key"
-_OLD_STORE = ".store.old"
+AUTHORITY, PSEUDONYMS, ANNOTATIONS = "ca.crt", "pseudonyms.key", "annotations.csv"
 
 
 def init_site(folder: Path, policy: SitePolicy, authority: Path) -> None:
@@ -52,29 +53,49 @@ def init_site(folder: Path, policy: SitePolicy, authority: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def find_annotations(annotations: Path, dicom_dir: Path) -> Path:
-    """Return the annotations where they are named, or else inside the export."""
+def find_annotations(annotations: Path | None, dicom_dir: Path) -> Path:
+    """Return the annotations where they are named, or else inside the export; by default its annotations.csv.
+
+    Raises:
+        IntakeError: If none are named and none are there.
+    """
+    if annotations is None:
+        inside = dicom_dir / ANNOTATIONS
+        if not os.path.lexists(inside):
+            raise IntakeError(
+                f"{dicom_dir.name or dicom_dir} holds DICOM files and no {ANNOTATIONS}; say with --annotations where "
+                "the CSV of their nodules is."
+            )
+        return inside
     inside = dicom_dir / annotations
     return inside if not annotations.exists() and inside.exists() else annotations
 
 
 def fill_store(
-    site: Site, export: Path, annotations: Path | None, *, workers: int = 1, on_progress: Progress | None = None
+    site: Site,
+    export: Path,
+    annotations: Path | None,
+    *,
+    same_patient: Path | None = None,
+    workers: int = 1,
+    on_progress: Progress | None = None,
 ) -> tuple[IntakeReport | GlucoseReport, bool]:
-    """Prepare an export as the site's store; say whether an older store was replaced.
+    """Prepare an export as the site's store of its kind; say whether an older store was replaced.
 
-    The old store serves until the new one is complete, and the audit log names the new one before it serves.
+    The stores of other kinds stay as they are. The old store serves until the new one is complete, and the audit log
+    names the new one before it serves.
 
     Args:
         site: Whose store it becomes.
         export: With ``annotations`` a folder of DICOM; without, a CSV of glucose readings or a folder of them, read
-            by the table ``[glucose]`` of ``site.toml``.
+            by the table ``[glucose]`` of ``site.toml``, or a folder of DICOM with its ``annotations.csv``.
         annotations: CSV of nodules, or None.
+        same_patient: Table of identifiers that are one person, kept for this and every later intake; or None.
         workers: Processes that read DICOM.
         on_progress: Told how far the work is.
 
     Raises:
-        IntakeError: If the export cannot be read, or nothing usable is left of it.
+        IntakeError: If the export or the table cannot be read, or nothing usable is left of the export.
         StorageError: If the folder cannot be written.
     """
     if not (site.folder / POLICY).exists():
@@ -86,46 +107,56 @@ def fill_store(
         )
     if export.resolve() in (site.folder.resolve(), *site.folder.resolve().parents):
         raise IntakeError("The export must not hold the site's own folder. Name the folder with the export only.")
-    new = _clear_way(site)
-    secret = load_or_create_secret(secret_file)
+    new, secret = _clear_way(site), load_or_create_secret(secret_file)
+    if same_patient is not None:
+        add_links(site.folder / LINKS, read_links(same_patient, secret))
+    identities = identities_of(site.folder)
     report: IntakeReport | GlucoseReport
     if annotations is None and holds_glucose(export):
         mapping = read_mapping(site.folder / POLICY)
-        report = prepare_glucose(export, new, secret, mapping=mapping, on_progress=on_progress)
-    elif annotations is None:
-        raise IntakeError(
-            f"{export.name or export} holds DICOM files; say with --annotations where the CSV of their nodules is."
-        )
+        report = prepare_glucose(export, new, secret, mapping=mapping, identities=identities, on_progress=on_progress)
     else:
-        annotated = find_annotations(annotations, export)
-        report = prepare_nodules(export, annotated, new, secret, on_progress=on_progress, workers=workers)
+        marked = find_annotations(annotations, export)
+        report = prepare_nodules(
+            export, marked, new, secret, identities=identities, on_progress=on_progress, workers=workers
+        )
     return report, _install(site, new)
+
+
+def identities_of(folder: Path) -> Identities:
+    """Return who is one patient at a site. Raises StorageError or IntakeError."""
+    return read_identities(folder / POLICY, folder / LINKS)
 
 
 def _clear_way(site: Site) -> Path:
     """Tidy up what an earlier intake left that died; return where the new store is made."""
-    new, store, old = (site.folder / name for name in (".store.new", STORE, _OLD_STORE))
-    with storage_errors(store):
-        for left_over in (new, *site.folder.glob(".store.new.*.tmp"), *site.folder.glob("..store.new.*.tmp")):
+    new, stores = site.folder / ".store.new", site.folder / STORES
+    with storage_errors(stores):
+        stores.mkdir(mode=0o700, exist_ok=True)
+        for left_over in (new, *site.folder.glob("..store.new.*.tmp")):
             shutil.rmtree(left_over, ignore_errors=True)
-        if old.exists() and not store.exists():  # died between the two renames of _install
-            old.rename(store)
-        shutil.rmtree(old, ignore_errors=True)
+        for old in stores.glob(".*.old"):
+            store = stores / old.name[1:].removesuffix(".old")
+            if not store.exists():  # died between the two renames of _install
+                old.rename(store)
+            shutil.rmtree(old, ignore_errors=True)
     return new
 
 
 def _install(site: Site, new: Path) -> bool:
-    """Put the new store into its place; say whether it replaced another."""
-    store, old = site.folder / STORE, site.folder / _OLD_STORE
-    site.audit.note("prepared", store=RecordStore.open(new).digest)
-    replaced = store.exists()
+    """Put the new store into the place of its kind; say whether it replaced another."""
+    made = RecordStore.open(new)
+    store = store_path(site.folder, made.kind)
+    old, before = store.with_name(f".{made.kind}.old"), stores_in(site.folder).get(made.kind)
+    site.audit.note("prepared", store=made.digest, store_kind=made.kind)
     with storage_errors(store):
-        if replaced:
-            store.rename(old)
+        if before is not None:
+            before.rename(old)  # from wherever an earlier version kept it
         new.rename(store)
+        sync_directory(store.parent)
         sync_directory(site.folder)
         shutil.rmtree(old, ignore_errors=True)
-    return replaced
+    return before is not None
 
 
 def _read_certificate(path: Path) -> bytes:

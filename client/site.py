@@ -1,7 +1,7 @@
 """A hospital's folder and what it answers: policy, store, ledger, audit log and training joined.
 
 site.toml        the policy (client.config)
-store/           the prepared store (shared.records)
+stores/KIND/     the prepared stores, one of each kind (shared.records)
 ledger.sqlite    the privacy ledger (client.ledger)
 audit.jsonl      the audit log (client.audit)
 """
@@ -30,11 +30,11 @@ from shared.dp.noise import KEY_BYTES
 from shared.errors import ErrorCode, PolicyError, ProtocolError
 from shared.messages import PlanQuery, SiteOffer, TrainReply, TrainRequest
 from shared.plan import RunPlan
-from shared.records import RecordStore
+from shared.records import RecordStore, open_store, stores_in
 from shared.tasks.base import Task
 from shared.tasks.registry import find_task
 
-LEDGER, AUDIT, POLICY, STORE = "ledger.sqlite", "audit.jsonl", "site.toml", "store"
+LEDGER, AUDIT, POLICY = "ledger.sqlite", "audit.jsonl", "site.toml"
 _PARSERS: Mapping[str, Callable[[RecordDict], PlanQuery | TrainRequest]] = {
     "query": PlanQuery.from_content,
     "train": TrainRequest.from_content,
@@ -78,9 +78,23 @@ class Site:
         return AuditLog(self.folder / AUDIT, self.ledger)
 
     @cached_property
-    def store(self) -> RecordStore:
-        """The hospital's prepared patients."""
-        return RecordStore.open(self.folder / STORE)
+    def _stores(self) -> dict[str, RecordStore]:
+        """The stores opened so far, by kind: a run goes on with the patients with which it began."""
+        return {}
+
+    def store_of(self, kind: str) -> RecordStore:
+        """The hospital's prepared patients of one kind. All kinds share the ledger, its cap and the pseudonyms.
+
+        Raises:
+            PolicyError: If only other kinds are prepared.
+            StorageError: If nothing is, or the store is damaged.
+        """
+        if kind not in self._stores:
+            others = [name for name in stores_in(self.folder) if name not in ("", kind)]
+            if others and kind not in stores_in(self.folder):
+                raise PolicyError(f"The prepared stores hold {', '.join(others)}, the task reads {kind}. Run intake.")
+            self._stores[kind] = open_store(self.folder, kind)
+        return self._stores[kind]
 
     def synthetic(self, task: Task) -> Synthetic | None:
         """The synthetic patients that ``augment-with`` adds to a task's; ``None`` if there are none.
@@ -109,14 +123,15 @@ class Site:
             self.synthetic(task)
 
     def check_patients(self) -> None:
-        """Check that a private step has room for all patients of the store, if there is one.
+        """Check that a private step has room for all patients of every store that is there.
 
         Raises:
             PolicyError: If there are too many for the declared number.
-            StorageError: If the store is damaged.
+            StorageError: If a store is damaged.
         """
-        if (self.folder / STORE).exists():
-            check_room(len(self.store), self.policy.declared_patients)
+        for kind in stores_in(self.folder):
+            if kind:
+                check_room(len(self.store_of(kind)), self.policy.declared_patients)
 
     def answer(self, kind: str, content: RecordDict) -> SiteOffer | TrainReply:
         """Answer a message of any type, or raise what the guard turns into a code.
@@ -138,14 +153,16 @@ class Site:
         plan, run = query.plan, self._run(query.run)
         asked = {"kind": "query", "run": run, "plan": plan.digest}
         with self.audit.decision(**asked) as log:
-            self.synthetic(self._admit(plan))
+            task = self._admit(plan)
+            self.synthetic(task)
             if self.ledger.plan_of(run) not in (None, plan.digest):
                 raise ProtocolError("This run began here under another plan.", ErrorCode.PLAN_CHANGED)
             whole, spending = plan.mechanism(plan.rounds), self.ledger.spending()
             admission = admit(spending, Proposal(run, whole, plan.delta), self.policy.cap)
             others = tuple(release for release in spending.releases if release[0] != run)
             spent = self._spent(plan, Spending(others, spending.admissions).after(run, whole, admission))
-            log.note("accepted", **asked, policy=self.policy.digest, admitted=admission.rule.value, **spent)
+            facts = {"policy": self.policy.digest, "store_kind": task.store_kind, "admitted": admission.rule.value}
+            log.note("accepted", **asked, **facts, **spent)
         return SiteOffer(self.policy.name, self.policy.declared_patients, plan.digest)
 
     def answer_train(self, request: TrainRequest) -> TrainReply:
@@ -167,9 +184,10 @@ class Site:
         if reservation.key is None:
             raise ProtocolError("This release is closed.", ErrorCode.REPLAY_MISMATCH)
         with self.audit.failures("failed", **asked):
-            own, synthetic = task.load(self.store), self.synthetic(task)
+            store, synthetic = self.store_of(task.store_kind), self.synthetic(task)
+            own = task.load(store)
             # Drawn as the hospital's own are: X-rays, for one, are not turned.
-            added = replace(synthetic.patients, attributes=self.store.attributes) if synthetic else None
+            added = replace(synthetic.patients, attributes=store.attributes) if synthetic else None
             weights = train_round(
                 task,
                 Augmented(task.load(added), own) if added else own,
@@ -191,7 +209,7 @@ class Site:
             run=proposal.run,
             round=request.round,
             task=plan.task,
-            store_digest=self.store.digest,
+            store_digest=self.store_of(task.store_kind).digest,
             plan_digest=plan.digest,
             digest=request.digest,
             mechanism=mechanism,
@@ -204,17 +222,18 @@ class Site:
             """Only what is new is checked: a round that began may be repeated after hours, or its reply sent again."""
             check_hours(datetime.now(UTC), self.policy)
             admission = admit(spending, proposal, self.policy.cap)
-            details.update(_generator(self.synthetic(task)) | self._reserved(plan, mechanism, admission))
+            details.update(_generator(self.synthetic(task)) | self._reserved(plan, task, mechanism, admission))
             details.update(self._spent(plan, spending.after(proposal.run, mechanism, admission)))
             return admission
 
         return self.ledger.reserve(release, self._key(request), check, lambda act: log.announce(act, **details))
 
-    def _reserved(self, plan: RunPlan, mechanism: Mechanism, admission: Admission) -> dict[str, Any]:
+    def _reserved(self, plan: RunPlan, task: Task, mechanism: Mechanism, admission: Admission) -> dict[str, Any]:
         """Return what a line ``reserved`` says beside what every line says."""
         return {
             "task": plan.task,
-            "store": self.store.digest,
+            "store": self.store_of(task.store_kind).digest,
+            "store_kind": task.store_kind,
             "policy": self.policy.digest,
             "sample_rate": mechanism.sample_rate,
             "noise_multiplier": mechanism.noise_multiplier,
@@ -232,9 +251,7 @@ class Site:
         check_plan(plan, self.policy)
         task = find_task(plan.task)
         check_engine(plan, task)
-        if self.store.kind != task.store_kind:
-            raise PolicyError(f"The prepared store holds {self.store.kind}, the task reads {task.store_kind}.")
-        self.check_patients()
+        check_room(len(self.store_of(task.store_kind)), self.policy.declared_patients)
         return task
 
     def _run(self, name: str) -> str:

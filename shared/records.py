@@ -9,6 +9,9 @@ Format (version 1). A folder of plain NumPy files, readable without Fedward, pyd
 
 ``attributes`` hold public facts about the preparation (voxel spacing, window) and nothing of any patient.
 The number of patients is sensitive: the store stays in the hospital.
+
+A hospital's folder holds one store of each kind, ``stores/KIND/``. A folder of an earlier version has one store only,
+``store/``, which counts as the store of the kind that it states.
 """
 
 import hashlib
@@ -19,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +32,7 @@ from shared.files import storage_errors, sync_directory, write_atomic
 
 FORMAT = 1
 KEY_BYTES = 16
+STORES, _SINGLE = "stores", "store"
 Array = npt.NDArray[Any]
 
 
@@ -117,6 +121,39 @@ class RecordStore:
             yield PatientItem(self.keys[p].tobytes(), {n: a[rows] for n, a in self.arrays.items()})
 
 
+def store_path(folder: Path, kind: str) -> Path:
+    """Return where the store of a kind belongs in a hospital's folder."""
+    return folder / STORES / kind
+
+
+def stores_in(folder: Path) -> dict[str, Path]:
+    """Return the stores in a hospital's folder by kind; that of an earlier version only where no newer one is.
+
+    A store of an earlier version that does not state its kind is damaged; it stands under "".
+    """
+    found = {}
+    if (folder / _SINGLE).exists():
+        found[_kind_of(folder / _SINGLE)] = folder / _SINGLE
+    paths = sorted((folder / STORES).glob("[!.]*"))
+    return found | {path.name: path for path in paths if path.is_dir()}
+
+
+def open_store(folder: Path, kind: str) -> RecordStore:
+    """Open the store of a kind in a hospital's folder. Raises StorageError if there is none, or it is damaged."""
+    stores = stores_in(folder)
+    store = RecordStore.open(stores.get(kind) or stores.get("") or store_path(folder, kind))
+    if store.kind != kind:
+        raise StorageError(f"The store in {STORES}/{kind} of {folder} holds {store.kind}. Run intake again.")
+    return store
+
+
+def _kind_of(path: Path) -> str:
+    try:
+        return str(json.loads((path / "store.json").read_bytes())["kind"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def write_store(
     path: Path, *, kind: str, patients: Iterable[PatientItem], attributes: Mapping[str, Any]
 ) -> RecordStore:
@@ -161,14 +198,28 @@ def _replace_folder(path: Path, content: Mapping[str, Array], header: str) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(mode=0o700)
-    for name, array in content.items():
-        with (temporary / f"{name}.npy").open("wb") as handle:
-            np.save(handle, array)
-            handle.flush()
-            os.fsync(handle.fileno())
-    write_atomic(temporary / "store.json", header.encode())
-    if path.exists():
-        shutil.rmtree(path)
-    temporary.rename(path)
+    try:
+        temporary.mkdir(mode=0o700)
+        for name, array in content.items():
+            _save(temporary / f"{name}.npy", array)
+        write_atomic(temporary / "store.json", header.encode())
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, half a store would keep it full
     sync_directory(path.parent)
+
+
+class _Writer:
+    """What ``np.save`` may only write to: to a real file it writes by itself and loses the system's reason."""
+
+    def __init__(self, handle: BinaryIO) -> None:
+        self.write = handle.write
+
+
+def _save(path: Path, array: Array) -> None:
+    with path.open("wb") as handle:
+        np.lib.format.write_array(_Writer(handle), array, allow_pickle=False)
+        handle.flush()
+        os.fsync(handle.fileno())

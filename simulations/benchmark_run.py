@@ -54,7 +54,7 @@ def _floor(run: Path, workers: int) -> float:
     plan = read_plan(run / "plan.json")
     weights = pack(find_task(plan.task).build())
     shares = np.array(federation.declared_patients) / sum(federation.declared_patients)
-    stores = [folder / "store" for folder in federation.sites]
+    stores = federation.stores(plan.task)
     with worker_pool(workers) as pool:
         run_all = _spread(pool)
         run_all(_train_site, [(store, plan, 1, weights, 1) for store in stores])  # start the processes

@@ -298,7 +298,7 @@ def _baselines(
     simulation: Simulation, federation: Federation, pool: Executor | None, report: Callable[[int, int], None]
 ) -> dict[str, Any]:
     """Judge the task's simple methods and, if asked to, train pooled and local-only models."""
-    stores = {name: folder / "store" for name, folder in zip(federation.names, federation.sites, strict=True)}
+    stores = dict(zip(federation.names, federation.stores(simulation.task), strict=True))
     return judge_baselines(
         simulation.task,
         stores,
@@ -315,7 +315,7 @@ def _examine(simulation: Simulation, federation: Federation, registry: Registry,
     """Note what a task finds out about its final model from all patients together, if it has such a thing."""
     examine, checkpoint = find_source(simulation.task).examine, latest_checkpoint(out / "server" / "checkpoints")
     if examine and checkpoint:
-        training = merge_stores([RecordStore.open(folder / "store") for folder in federation.sites])
+        training = merge_stores([RecordStore.open(path) for path in federation.stores(simulation.task)])
         found = examine(checkpoint.path, training, RecordStore.open(federation.heldout), out)
         registry.add_note(RUN, EXAMINATION, dict(found))
 

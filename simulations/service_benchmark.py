@@ -24,7 +24,7 @@ from server.control import environment
 from server.registry import OK, RoundRow
 from server.runs import find_run
 from shared.errors import FederationError
-from shared.records import Array, PatientItem, write_store
+from shared.records import Array, PatientItem, store_path, write_store
 from shared.tasks.ct_nodules import STORE_KIND, STORED_PX
 from simulations.deployment import Deployment, deployment, free_port
 
@@ -76,7 +76,7 @@ def measure_overhead(rounds: int, stock_rounds: int, sites: int = 3) -> tuple[Va
     with TemporaryDirectory() as folder, deployment(Path(folder)) as whole:
         whole.found()
         for name in names:
-            write_tiny_store(whole.admit(name, _DECLARED) / "store")
+            write_tiny_store(store_path(whole.admit(name, _DECLARED), STORE_KIND))
         whole.start("server")
         pids = [whole.start(name).pid for name in names]
         whole.wait_connected(*names)

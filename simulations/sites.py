@@ -13,7 +13,7 @@ from client.site import open_books
 from shared.drafting import DELTA_SHARE
 from shared.errors import FederationError, IntakeError, StorageError
 from shared.files import write_atomic
-from shared.records import RecordStore, write_store
+from shared.records import RecordStore, open_store, store_path, stores_in, write_store
 from shared.tasks.cgm_windows import SITE
 from shared.tasks.registry import find_task
 from simulations.sources import Progress, Source, find_source
@@ -40,6 +40,10 @@ class Federation:
     def sites(self) -> tuple[Path, ...]:
         """The sites' folders."""
         return tuple(self.folder / "sites" / name for name in self.names)
+
+    def stores(self, task: str) -> tuple[Path, ...]:
+        """Return the sites' prepared stores of a task's kind. Raises StorageError if one is missing."""
+        return tuple(store_of(folder, find_task(task).store_kind) for folder in self.sites)
 
     @property
     def heldout(self) -> Path:
@@ -100,13 +104,14 @@ def prepare_federation(
         if heldout is None:
             store, aside = _set_aside(store, find_source(task), np.random.default_rng([seed, number]))
             reserved.append(_with_site(aside, number, names) if find_source(task).split else aside)
-        _write(folder / "sites" / name / "store", store)
+        _write(store_path(folder / "sites" / name, store.kind), store)
         declared.append(coarse(len(store)))
-    apart = RecordStore.open(_store_folder(heldout)) if heldout else merge_stores(reserved)
+    kind = find_task(task).store_kind
+    apart = RecordStore.open(store_of(heldout, kind)) if heldout else merge_stores(reserved)
     if not len(apart):
         raise IntakeError("Too few patients to set a fifth aside as held-out; give held-out patients with --heldout.")
-    if apart.kind != find_task(task).store_kind:
-        raise IntakeError(f"{heldout} holds {apart.kind}, the task {task} reads {find_task(task).store_kind}.")
+    if apart.kind != kind:
+        raise IntakeError(f"{heldout} holds {apart.kind}, the task {task} reads {kind}.")
     if heldout is not None or find_source(task).split is None:
         _refuse_overlap(folder, names, apart)
     _write(folder / "heldout", apart)
@@ -141,8 +146,8 @@ def coarse(patients: int) -> int:
 def _prepared(target: Path, source: Path, task: str, secret: bytes, workers: int, progress: Progress) -> RecordStore:
     if not source.is_dir() and not (source.is_file() and ".csv" in source.suffixes):
         raise StorageError(f"There is no folder {source}. Give one folder per hospital, or one CSV of its glucose.")
-    if _is_store(source):
-        return RecordStore.open(_store_folder(source))
+    if (source / "store.json").exists() or stores_in(source):
+        return RecordStore.open(store_of(source, find_task(task).store_kind))
     try:
         find_source(task).prepare(source, target, secret, workers, progress)
     except FederationError as error:
@@ -150,13 +155,18 @@ def _prepared(target: Path, source: Path, task: str, secret: bytes, workers: int
     return RecordStore.open(target)
 
 
-def _is_store(folder: Path) -> bool:
-    return (_store_folder(folder) / "store.json").exists()
+def store_of(folder: Path, kind: str) -> Path:
+    """Return a prepared store: the folder itself, or a site's store of ``kind``, or of the only kind it has.
 
-
-def _store_folder(folder: Path) -> Path:
-    """A prepared hospital is a store, or a site's folder that has one."""
-    return folder / "store" if (folder / "store" / "store.json").exists() else folder
+    Raises:
+        StorageError: If there are only others.
+    """
+    if (folder / "store.json").exists():
+        return folder
+    found = stores_in(folder)
+    if kind not in found and len(found) != 1:
+        raise StorageError(f"{folder} holds no prepared store of kind {kind}. Run intake first.")
+    return found.get(kind) or next(iter(found.values()))
 
 
 def merge_stores(stores: Sequence[RecordStore]) -> RecordStore:
@@ -196,7 +206,7 @@ def stores_differ(one: RecordStore, other: RecordStore) -> bool:
 def _refuse_overlap(folder: Path, names: Sequence[str], heldout: RecordStore) -> None:
     judged = {key.tobytes() for key in heldout.keys}
     for name in names:
-        if judged & {key.tobytes() for key in RecordStore.open(folder / "sites" / name / "store").keys}:
+        if judged & {key.tobytes() for key in open_store(folder / "sites" / name, heldout.kind).keys}:
             raise IntakeError(f"Held-out patients are among the training patients of {name}. Give other ones.")
 
 

@@ -71,7 +71,8 @@ def main() -> None:
     """Print both times and their ratio."""
     parser = argparse.ArgumentParser(
         description="Measure what privacy costs in a task's own step.",
-        epilog="Example: python -m simulations.step_cost runs/demo/sites/site-1/store --task nodule-classification",
+        epilog="Example: python -m simulations.step_cost runs/demo/sites/site-1/stores/ct-nodules "
+        "--task nodule-classification",
     )
     parser.add_argument("store", type=Path, help="a prepared hospital of the task")
     parser.add_argument("--task", default="ct-synthesis")

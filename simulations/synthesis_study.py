@@ -25,7 +25,8 @@ from rich.console import Console
 
 from shared.errors import PlanError
 from shared.files import write_atomic
-from shared.records import RecordStore, write_store
+from shared.records import RecordStore, open_store, write_store
+from shared.tasks.ct_nodules import STORE_KIND
 from simulations.display import Display
 from simulations.run import Simulation, resume, start
 from simulations.scripts import run_script
@@ -87,7 +88,7 @@ def carry_out(study: Study, out: Path, display: Display) -> list[dict[str, Any]]
         )
         begun = (folder / "plan.json").exists()
         summary = resume(Simulation.load(folder), folder, display) if begun else start(simulation, folder, display)
-        held = sum(len(RecordStore.open(folder / "sites" / site["name"] / "store")) for site in summary["sites"])
+        held = sum(len(open_store(folder / "sites" / site["name"], STORE_KIND)) for site in summary["sites"])
         values = {name: summary["metrics"].get(name) for name in FIGURES}
         rows.append({"patients": held / len(data), "epsilon": str(epsilon), **values})
         write_atomic(out / "study.json", json.dumps(rows, indent=1).encode())

@@ -2,17 +2,20 @@
 
     seriesuid, coordX, coordY, coordZ (mm, DICOM's patient coordinates, LPS), diameter_mm, malignancy (1 to 5)
 
-Other columns are ignored, so a list may carry remarks; they are never looked at.
+Columns are separated by comma, semicolon, tab or bar; beside another separator than the comma, a decimal comma is
+read. Other columns are ignored, so a list may carry remarks; they are never looked at. A row is one line.
 """
 
 import csv
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from client.intake.files import cells_of, delimiter_of, lines_of, open_table
 from client.intake.rejects import RejectCode, Rejected
 from shared.errors import IntakeError
 from shared.tasks.ct_nodules import UNDECIDED_MALIGNANCY
@@ -54,7 +57,7 @@ def read_annotations(path: Path) -> tuple[list[Annotation], Counter[RejectCode]]
     """
     rejected: Counter[RejectCode] = Counter()
     copies: dict[tuple[str, Point], list[Annotation]] = {}
-    for row in _rows(path):
+    for row in annotation_rows(path):
         try:
             annotation = _parse(row)
         except Rejected as outcome:
@@ -69,35 +72,42 @@ def read_annotations(path: Path) -> tuple[list[Annotation], Counter[RejectCode]]
     return sorted(usable), +rejected
 
 
-def _rows(path: Path) -> Iterator[Mapping[str, str]]:
-    """Yield each row by column name; an empty mapping for a row that is no CSV."""
+def annotation_rows(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[Mapping[str, str]]:
+    """Yield each row by column name; an empty mapping for a line that is no row.
+
+    Raises:
+        IntakeError: If there is no such file or it has not ``columns``.
+    """
     problem = ""
     try:
-        with path.open(encoding="utf-8-sig", errors="replace", newline="") as handle:
-            reader = csv.reader(handle)
-            header = [name.strip() for name in next(reader, [])]
-            if not set(COLUMNS) <= set(header):
-                problem = f"The annotations need a first row with the columns {', '.join(COLUMNS)}."
-            while not problem:
-                try:
-                    values = next(reader)
-                except StopIteration:
-                    return
-                except csv.Error:
-                    yield {}
-                    continue
-                if values:
-                    yield dict(zip(header, values, strict=False))
-    except csv.Error:
-        problem = f"The annotations are not a CSV file with the columns {', '.join(COLUMNS)}."
+        with open_table(path) as handle:
+            lines = lines_of(handle)
+            first = next(lines, "") or ""
+            delimiter = delimiter_of(first)
+            header = _cells(first, delimiter)
+            if not set(columns) <= set(header):
+                problem = f"The annotations need a first row with the columns {', '.join(columns)}."
+            else:
+                for line in lines:
+                    if line is None or line.strip():
+                        yield dict(zip(header, _cells(line, delimiter), strict=False))
+                return
     except OSError as error:
         problem = f"Cannot read the annotations {path}: {error.strerror or type(error).__name__}."
     # Raised outside the handlers: the cause can quote the row.
     raise IntakeError(problem)
 
 
+def _cells(line: str | None, delimiter: str) -> list[str]:
+    """Return a line's cells, their decimal commas as points; none of a line that is no row."""
+    with suppress(csv.Error):
+        cells = [cell.strip() for cell in cells_of(line or "", delimiter)]
+        return cells if delimiter == "," else [cell.replace(",", ".") for cell in cells]
+    return []
+
+
 def _parse(row: Mapping[str, str]) -> Annotation:
-    series_uid = row.get("seriesuid", "").strip()
+    series_uid = row.get("seriesuid", "")
     try:
         x, y, z, diameter_mm, malignancy = (float(row[name]) for name in COLUMNS[1:])
     except (KeyError, ValueError):

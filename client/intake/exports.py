@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Final
 
+from client.intake.files import open_plain
 from shared.errors import IntakeError
 
 CSV_SUFFIXES: Final = (".csv", ".tsv", ".txt")
@@ -28,6 +29,8 @@ def holds_glucose(export: Path) -> bool:
     """
     if export.is_file():
         return not _is_dicom(export)
+    if export.exists() and not export.is_dir():
+        raise IntakeError("The export is a pipe, socket or device. Copy it to a file or a folder, and name that.")
     if not export.is_dir():
         raise IntakeError("There is no such export. Name a CSV file of glucose readings, or a folder.")
     seen_csv = False
@@ -50,9 +53,7 @@ def _is_dicom(path: Path) -> bool:
     if path.name.lower().endswith(_DICOM_SUFFIXES):
         return True
     try:
-        if not path.is_file() or path.is_symlink():
-            return False
-        with path.open("rb") as handle:
+        with open_plain(path, follow=False) as handle:
             return handle.read(_PREAMBLE + 4)[_PREAMBLE:] == b"DICM"
     except OSError:
         return False

@@ -8,21 +8,24 @@ the order of rows or files, nor on their names where the rows name the patient. 
 patient's: all such files in one folder below the source belong to the same patient, others are a patient each.
 """
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from client.intake.exports import is_csv_name
-from client.intake.glucose_csv import Events, read_export
+from client.intake.files import list_files
+from client.intake.glucose_csv import read_export
+from client.intake.glucose_events import Events
 from client.intake.glucose_formats import CsvMapping
 from client.intake.glucose_grid import STUCK_MIN, to_grid
 from client.intake.glucose_text import FileRejected
-from client.intake.pseudonyms import PatientIdentity, pseudonym
+from client.intake.identities import Identities
+from client.intake.pseudonyms import PatientIdentity
 from client.intake.rejects import GlucoseCode
 from shared.errors import IntakeError
 from shared.records import PatientItem, write_store
@@ -45,12 +48,17 @@ ADVICE: Final[Mapping[GlucoseCode, str]] = {
         "The export's times are a spreadsheet's date serials, which may be rounded; export them as text, or accept "
         'them with time-format = "serial" in site.toml [glucose].'
     ),
+    GlucoseCode.TOO_LARGE: "The export unfolds to far more than an export can hold; export it again, unpacked.",
+    GlucoseCode.WRONG_UNIT: (
+        "The glucose does not look like the unit of its heading, which is mg/dL where it names none: values of 2 to 30 "
+        'are mmol/L. Set unit = "mmol/L" (or "mg/dL") in site.toml [glucose].'
+    ),
     GlucoseCode.MIXED_UNITS: (
         "The export seems to hold mmol/L and mg/dL under one heading; set unit in site.toml [glucose] or export "
         "each unit to a file of its own."
     ),
 }
-"""What to do about a file that is refused."""
+"""What to do about a file, or a patient's rows, left out."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,7 @@ def prepare_glucose(
     secret: bytes,
     *,
     mapping: CsvMapping | None = None,
+    identities: Identities | None = None,
     on_progress: Progress | None = None,
 ) -> GlucoseReport:
     """Prepare a hospital's glucose records for the forecasting task.
@@ -97,6 +106,7 @@ def prepare_glucose(
         store: Where the prepared store goes; an older one there is replaced.
         secret: The site's own, see ``client.intake.pseudonyms``.
         mapping: How the files are read; by default known exports only, see ``client.intake.glucose_formats``.
+        identities: Who is one patient; by default each identifier, and no links.
         on_progress: Told how far the work is.
 
     Raises:
@@ -106,16 +116,16 @@ def prepare_glucose(
     tell = on_progress or (lambda _stage, _done, _total: None)
     counts: Counter[GlucoseCode] = Counter()
     paths = _find_files(source, store, counts)
-    patients, rows, covariates = _read(source, paths, mapping or CsvMapping(), counts, tell)
+    key = partial((identities or Identities()).key, secret)
+    patients, rows, covariates = _read(source, paths, mapping or CsvMapping(), key, counts, tell)
     items = []
-    for done, (identity, parts) in enumerate(patients.items(), start=1):
+    for done, (name, parts) in enumerate(patients.items(), start=1):
         fields = to_grid(_joined(parts), counts)
         if fields is not None:
-            items.append(PatientItem(pseudonym(secret, identity), fields))
+            items.append(PatientItem(name, fields))
         tell("patients", done, len(patients))
     if not items:
-        reasons = ", ".join(f"{code} {counts[code]}" for code in GlucoseCode if counts[code]) or "it is empty"
-        raise IntakeError(f"Nothing usable is left of the export ({len(paths)} files: {reasons}).")
+        raise IntakeError(_nothing_left(len(paths), counts))
     attributes = {
         "step_min": STEP_MIN,
         "max_gap_min": MAX_GAP_MIN,
@@ -136,39 +146,40 @@ def prepare_glucose(
     )
 
 
+def _nothing_left(files: int, counts: Counter[GlucoseCode]) -> str:
+    reasons = ", ".join(f"{code} {counts[code]}" for code in GlucoseCode if counts[code]) or "it is empty"
+    advice = next((f" {text}" for code, text in ADVICE.items() if counts[code] and code.unit == "row"), "")
+    return f"Nothing usable is left of the export ({files} files: {reasons}).{advice}"
+
+
 def _find_files(source: Path, store: Path, counts: Counter[GlucoseCode]) -> list[Path]:
     if source.is_file():
         return [source]
+    if source.exists() and not source.is_dir():
+        raise IntakeError("The export is a pipe, socket or device. Copy it to a file, and name that.")
     if not source.is_dir():
         raise IntakeError("There is no such file or folder of glucose exports. Name the CSV file or its folder.")
-    found: list[Path] = []
-    leave_out = store.resolve()
-
-    def unreadable(_error: OSError) -> None:
-        counts[GlucoseCode.UNREADABLE] += 1
-
-    for folder, folders, files in os.walk(source.resolve(), onerror=unreadable):
-        here = Path(folder)
-        links = [name for name in (*folders, *files) if (here / name).is_symlink()]
-        counts[GlucoseCode.SYMLINK] += len(links)
-        folders[:] = [name for name in folders if here / name != leave_out]
-        named = [name for name in files if is_csv_name(name)]
-        counts[GlucoseCode.NOT_CSV] += len(set(files) - set(named) - set(links))
-        found += [here / name for name in named if name not in links and (here / name).is_file()]
-    return sorted(found)
+    found = list_files(source, frozenset({store.resolve()}))
+    named = [path for path in found.files if is_csv_name(path.name)]
+    counts[GlucoseCode.SYMLINK] += found.links
+    counts[GlucoseCode.NOT_A_FILE] += found.special
+    counts[GlucoseCode.UNREADABLE] += found.unreadable
+    counts[GlucoseCode.NOT_CSV] += len(found.files) - len(named)
+    return named
 
 
-Patients = dict[PatientIdentity, list[Events]]
+Patients = dict[bytes, list[Events]]
 
 
 def _read(
     source: Path,
     paths: list[Path],
     mapping: CsvMapping,
+    key: Callable[[PatientIdentity], bytes],
     counts: Counter[GlucoseCode],
     tell: Progress,
 ) -> tuple[Patients, int, set[str]]:
-    """Read every file; return the patients' events, the number of rows, and the covariates some file has."""
+    """Read every file; return events by pseudonym, the number of rows, and the covariates that some file has."""
     patients: Patients = defaultdict(list)
     rows, covariates, problem = 0, set[str](), None
     for done, path in enumerate(paths, start=1):
@@ -182,7 +193,7 @@ def _read(
             rows += export.rows
             covariates |= export.covariates
             for identity, events in export.patients.items():
-                patients[identity or _owner(source, path)].append(events)
+                patients[key(identity or _owner(source, path))].append(events)
         tell("files", done, len(paths))
     if problem and len(paths) == 1:
         raise IntakeError(ADVICE[problem])

@@ -1,8 +1,9 @@
 """One CSV file of a glucose export: text, header, rows, and every patient's readings and doses.
 
 What people call a CSV file is read: with or without gzip, UTF-8, UTF-16 or Windows-1252, separated by comma,
-semicolon, tab or bar, with a decimal comma, with lines before the header, rows in any order. Nothing of a row
-leaves this module but parsed numbers: a problem is a code, and no message quotes a cell.
+semicolon, tab or bar, with a decimal comma, with lines before the header, rows in any order. A row is one line, so
+that no patient's row can swallow another's. Nothing of a row leaves this module but parsed numbers: a problem is a
+code, and no message quotes a cell.
 """
 
 import csv
@@ -17,9 +18,9 @@ from pathlib import Path
 from typing import Final, TextIO
 
 import numpy as np
-import numpy.typing as npt
 
-from client.intake.clock import DateSerialsError, Times, UnknownTimesError, parse_times
+from client.intake.files import cells_of, lines_of
+from client.intake.glucose_events import Events, Index, Reading
 from client.intake.glucose_formats import PRESETS, CsvMapping, Rows
 from client.intake.glucose_text import FileRejected, find_header, open_text
 from client.intake.pseudonyms import PatientIdentity
@@ -28,37 +29,9 @@ from shared.tasks.cgm import MG_DL_PER_MMOL_L
 
 SENSOR_LIMITS: Final = {"low": 40.0, "lo": 40.0, "high": 400.0, "hi": 400.0}
 """Words that a sensor writes beyond its limits, and the limits of Dexcom and Libre in mg/dL."""
-BELOW_ANY: Final = 25.0
-"""No sensor writes less in mg/dL; in mmol/L nearly every reading is less."""
-ABOVE_ANY: Final = 600.0
-"""In mg/dL: no sensor writes more; a reading in mg/dL that is taken for mmol/L is more."""
-FOREIGN: Final = (12, 0.01)
-"""Readings, and share of readings, in the other unit from which a patient or file counts as mixed."""
 MAX_INSULIN_UNITS: Final = 300.0
 MAX_CARBOHYDRATE_G: Final = 1000.0
 _HEADER_LINES: Final = 40
-_MAX_FIELD: Final = 131_072
-
-Column = npt.NDArray[np.float64]
-Index = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, repr=False)
-class Events:
-    """One patient's rows in one file, in the order of the file. NaN where a row has no such value.
-
-    Attributes:
-        elapsed_s, local_s: int64 ``(N,)``, see ``Times``.
-        glucose: ``(N,)`` mg/dL.
-        insulin: ``(N,)`` units.
-        carbohydrate: ``(N,)`` grams.
-    """
-
-    elapsed_s: Index
-    local_s: Index
-    glucose: Column
-    insulin: Column
-    carbohydrate: Column
 
 
 @dataclass(frozen=True, repr=False)
@@ -93,10 +66,6 @@ def read_export(path: Path, mapping: CsvMapping) -> Export:
         return table.export()
     except FileRejected as outcome:
         code = outcome.code
-    except UnknownTimesError:
-        code = GlucoseCode.UNKNOWN_TIMES
-    except DateSerialsError:
-        code = GlucoseCode.DATE_SERIALS
     except (OSError, EOFError, zlib.error, csv.Error, UnicodeError):
         code = GlucoseCode.UNREADABLE
     # Raised outside the handlers: a cause could quote the file.
@@ -118,11 +87,12 @@ class _Table:
     """A file on its way from rows to patients."""
 
     def __init__(self, handle: TextIO, mapping: CsvMapping) -> None:
-        lines = list(islice((line[:_MAX_FIELD] for line in handle), _HEADER_LINES))
+        below = lines_of(handle)
+        lines = list(islice(below, _HEADER_LINES))
         layouts = [mapping.layout] if mapping.layout else list(PRESETS.values())
-        number, self.header = find_header(lines, layouts)
+        number, self.header = find_header([line or "" for line in lines], layouts)
         self.mapping = mapping
-        self.source = chain(lines[number + 1 :], handle)
+        self.source = chain(lines[number + 1 :], below)
         self.layout = self.header.layout
         self.columns = _Columns()
         self.counts: Counter[GlucoseCode] = Counter()
@@ -162,18 +132,16 @@ class _Table:
             self._take(row, patient, time, glucose, insulin, carbohydrate)
 
     def _cells(self) -> Iterator[list[str]]:
-        """Yield the rows that have a cell; a row that is no CSV counts as bad."""
-        reader = csv.reader(self.source, delimiter=self.header.delimiter)
-        while True:
+        """Yield the rows that have a cell; a line that is no row counts as bad."""
+        for line in self.source:
             try:
-                row = next(reader)
-            except StopIteration:
-                return
+                row = cells_of(line, self.header.delimiter) if line is not None else None
             except csv.Error:
+                row = None
+            if row is None:
                 self.rows += 1
                 self.counts[GlucoseCode.BAD_ROW] += 1
-                continue
-            if any(row):
+            elif any(row):
                 yield row
 
     def _selector(self, rows: Rows | None) -> Callable[[list[str]], bool]:
@@ -217,30 +185,18 @@ class _Table:
         return _number(text) * (MG_DL_PER_MMOL_L if mmol else 1.0)
 
     def export(self) -> Export:
-        """Return what was read.
-
-        Raises:
-            FileRejected: If units are mixed.
-            UnknownTimesError: See there.
-            DateSerialsError: See there.
-        """
+        """Return what was read. Every patient's rows are judged by themselves."""
         columns = self.columns
-        patient = np.array(columns.patient, np.int64)
+        times = np.array(columns.time, object)
         values = tuple(np.array(column) for column in (columns.glucose, columns.insulin, columns.carbohydrate))
         covariates = (n for n in ("insulin", "carbohydrate") if self.header.at(*getattr(self.layout, n)) >= 0)
+        reading = Reading(self.mapping, mmol=self.mmol, check_units=self.unit_at < 0 and self.layout.check_units)
         patients: dict[PatientIdentity | None, Events] = {}
-        if len(patient):
-            if self.unit_at < 0 and self.layout.check_units:
-                _refuse_mixed_units(patient, values[0], mmol=self.mmol)
-            times = parse_times(columns.time, self.mapping.time_format, self.mapping.zone)
-            self.counts[GlucoseCode.BAD_ROW] += int((~times.valid).sum())
-            self.counts[GlucoseCode.CLOCK_CHANGE] += int((times.valid & ~times.certain).sum())
-            rows = _rows_of(patient, times, len(self.people))
-            patients = {
-                self._identity(name): Events(times.elapsed_s[r], times.local_s[r], *(v[r] for v in values))
-                for name, r in zip(self.people, rows, strict=True)
-                if len(r)
-            }
+        whose = np.array(columns.patient, np.int64)
+        for name, rows in zip(self.people, _rows_of(whose, len(self.people)), strict=True):
+            events = reading.events(times[rows].tolist(), *(value[rows] for value in values), counts=self.counts)
+            if events is not None:
+                patients[self._identity(name)] = events
         return Export(patients, +self.counts, self.rows, frozenset(covariates))
 
     def _identity(self, name: str) -> PatientIdentity | None:
@@ -253,25 +209,10 @@ class _Table:
         return PatientIdentity("name", "\n".join(person)) if all(person) else None
 
 
-def _rows_of(patient: Index, times: Times, people: int) -> list[Index]:
-    """Return each patient's usable rows, in the order of the file."""
-    usable = np.flatnonzero(times.valid & times.certain)
-    order = usable[np.argsort(patient[usable], kind="stable")]
-    return np.split(order, np.searchsorted(patient[order], np.arange(1, people)))
-
-
-def _refuse_mixed_units(patient: Index, glucose: Column, *, mmol: bool) -> None:
-    """Refuse a file in which a patient, or all together, have many values that only the other unit explains."""
-    foreign = glucose > ABOVE_ANY if mmol else glucose < BELOW_ANY
-    measured = np.isfinite(glucose)
-    odd, every = (
-        np.bincount(patient[foreign], minlength=patient.max() + 1),
-        np.bincount(patient[measured], minlength=patient.max() + 1),
-    )
-    least, share = FOREIGN
-    odd, every = np.append(odd, odd.sum()), np.append(every, every.sum())
-    if ((odd >= least) & (odd >= share * every)).any():
-        raise FileRejected(GlucoseCode.MIXED_UNITS)
+def _rows_of(patient: Index, people: int) -> list[Index]:
+    """Return each patient's rows, in the order of the file."""
+    order = np.argsort(patient, kind="stable")
+    return np.split(order, np.searchsorted(patient[order], np.arange(1, people)))[:people]
 
 
 def _amount(text: str, most: float) -> float:

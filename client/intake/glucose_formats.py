@@ -22,14 +22,14 @@ Columns are matched without regard to case, spaces and underscores. Known export
   hours apart, so that hardly a segment survives; intake counts what is lost.
 """
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from shared.errors import IntakeError, StorageError
+from client.intake.tables import read_table
+from shared.errors import IntakeError
 
 MIMIC_LAB: Final = frozenset({"50809", "50931"})
 """Glucose in whole blood (blood gas), glucose in serum."""
@@ -183,15 +183,7 @@ def read_mapping(path: Path) -> CsvMapping:
         StorageError: If the file cannot be read.
         IntakeError: If it is not TOML or the table is wrong.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8")).get("glucose", {})
-    except OSError as error:
-        raise StorageError(f"There is no readable site.toml at {path.parent}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise IntakeError(f"{path} is not valid TOML: {error}.") from error
-    if not isinstance(table, dict):
-        raise IntakeError("In site.toml, glucose must be a table: [glucose].")
-    return parse_mapping(table)
+    return parse_mapping(read_table(path, "glucose"))
 
 
 def _layout(table: Mapping[str, Any]) -> Layout | None:

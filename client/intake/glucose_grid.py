@@ -20,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from client.intake.glucose_csv import Column, Events, Index
+from client.intake.glucose_events import Column, Events, Index
 from client.intake.rejects import GlucoseCode
 from shared.tasks.cgm import MAX_GAP_MIN, MIN_SEGMENT, RANGE_MG_DL, STEP_MIN
 

@@ -2,15 +2,19 @@
 
     find files → read headers → patients → series → nodules → one item per patient → store
 
+A patient's records are a function of the series that name this patient, of the annotations that name these series,
+and of the site's own rule and links. So they are the same to the byte whoever else is in the export, unless a file
+of somebody else states the UID of one of these series; such a series is refused for all whom its files name.
+
 One bad file, series or row is counted under its code and never stops the rest. The result does not depend on
 the files' names or order, nor on the number of workers. Processes may be spawned (see ``client.intake.lanes``):
 a script calls ``prepare_nodules`` under ``if __name__ == "__main__"``.
 """
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -21,11 +25,13 @@ import numpy.typing as npt
 
 from client.intake.annotations import Annotation, read_annotations
 from client.intake.dicom import SliceHeader, read_header, read_hounsfield
+from client.intake.files import list_files
+from client.intake.identities import Identities, IssuerRule
 from client.intake.lanes import Lanes
 from client.intake.patches import plan_patches
-from client.intake.pseudonyms import PatientIdentity, pseudonym
+from client.intake.pseudonyms import PatientIdentity
 from client.intake.rejects import RejectCode, Rejected
-from client.intake.series import Series, group_series, resolve_patients
+from client.intake.series import Series, group_series, settle_patients, split_numbers
 from shared.errors import IntakeError
 from shared.records import PatientItem, write_store
 from shared.tasks.ct_nodules import SLICE_OFFSETS_MM, SPACING_MM, STORE_KIND, VENDORS, WINDOW_HU
@@ -33,6 +39,8 @@ from shared.tasks.ct_nodules import SLICE_OFFSETS_MM, SPACING_MM, STORE_KIND, VE
 Patches = npt.NDArray[np.float16]
 Progress = Callable[[str, int, int], None]
 """Called with a stage (``headers`` or ``nodules``), how many are done, and of how many."""
+Key = Callable[[PatientIdentity], bytes]
+"""Patient to pseudonym."""
 T = TypeVar("T")
 
 BATCH_FILES: Final = 64
@@ -82,6 +90,7 @@ def prepare_nodules(
     store: Path,
     secret: bytes,
     *,
+    identities: Identities | None = None,
     on_progress: Progress | None = None,
     workers: int = 1,
 ) -> IntakeReport:
@@ -92,6 +101,7 @@ def prepare_nodules(
         annotations: CSV, see ``client.intake.annotations``.
         store: Where the prepared store goes; an older one there is replaced.
         secret: The site's own, see ``client.intake.pseudonyms``.
+        identities: Who is one patient; by default what the files say, and no links.
         on_progress: Told how far the work is.
         workers: Processes that read and decode; 1 means this one, and one more only for compressed pixels.
 
@@ -102,9 +112,10 @@ def prepare_nodules(
     if not dicom_dir.is_dir():
         raise IntakeError(f"{dicom_dir} is not a folder. Name the folder with the DICOM export.")
     marked, rejected = read_annotations(annotations)
-    paths, unusable = _find_files(dicom_dir, leave_out={annotations.resolve(), store.resolve()})
+    paths, unusable = _find_files(dicom_dir, leave_out=frozenset({annotations.resolve(), store.resolve()}))
     rejected.update(unusable)
-    tell = on_progress or (lambda _stage, _done, _total: None)
+    tell, who = on_progress or (lambda _stage, _done, _total: None), identities or Identities()
+    key = partial(who.key, secret)
     with Lanes(max(workers, 1)) as lanes:
         headers = []
         for outcome in _watched(_read_headers(lanes, paths), "headers", len(paths), tell):
@@ -112,10 +123,10 @@ def prepare_nodules(
                 rejected[outcome] += 1
             else:
                 headers.append(outcome)
-        jobs = _match(_usable_series(headers, rejected), marked, rejected)
+        jobs = _match(_usable_series(headers, who.rule, key, rejected), marked, rejected)
         outcomes = lanes.map(_extract, jobs, crashed=_undecodable, isolate=_is_fragile)
         results = list(_watched(outcomes, "nodules", len(jobs), tell))
-    patients = _patient_items(jobs, results, rejected, secret)
+    patients = _patient_items(jobs, results, rejected, key)
     files = len(paths) + unusable.total()
     if not patients:
         reasons = ", ".join(f"{code} {rejected[code]}" for code in RejectCode if rejected[code]) or "it is empty"
@@ -126,22 +137,17 @@ def prepare_nodules(
     return IntakeReport(len(written), records, nodules, files, dict(+rejected))
 
 
-def _find_files(root: Path, leave_out: set[Path]) -> tuple[list[Path], Counter[RejectCode]]:
-    """List the files below ``root``; count links and folders that cannot be read."""
-    found: list[Path] = []
-    rejected: Counter[RejectCode] = Counter()
-
-    def unreadable(_error: OSError) -> None:
-        rejected[RejectCode.UNREADABLE] += 1
-
-    for folder, folders, files in os.walk(root.resolve(), onerror=unreadable):
-        here = Path(folder)
-        links = [name for name in (*folders, *files) if (here / name).is_symlink()]
-        rejected[RejectCode.SYMLINK] += len(links)
-        folders[:] = [name for name in folders if here / name not in leave_out]
-        wanted = (here / name for name in files if name not in links and name.upper() != "DICOMDIR")
-        found += [path for path in wanted if path not in leave_out]
-    return sorted(found), +rejected
+def _find_files(root: Path, leave_out: frozenset[Path]) -> tuple[list[Path], Counter[RejectCode]]:
+    """List the files below ``root``; count what cannot be one."""
+    found = list_files(root, leave_out)
+    rejected = Counter(
+        {
+            RejectCode.SYMLINK: found.links,
+            RejectCode.NOT_A_FILE: found.special,
+            RejectCode.UNREADABLE: found.unreadable,
+        }
+    )
+    return [path for path in found.files if path.name.upper() != "DICOMDIR"], +rejected
 
 
 def _watched(outcomes: Iterator[T], stage: str, total: int, tell: Progress) -> Iterator[T]:
@@ -162,10 +168,13 @@ def _read_batch(paths: Sequence[Path]) -> list[SliceHeader | RejectCode]:
     return [read_header(path) for path in paths]
 
 
-def _usable_series(headers: list[SliceHeader], rejected: Counter[RejectCode]) -> Mapping[str, Series | RejectCode]:
-    resolved, ambiguous = resolve_patients(headers)
-    series, copies = group_series(resolved)
-    rejected[RejectCode.AMBIGUOUS_PATIENT] += ambiguous
+def _usable_series(
+    headers: list[SliceHeader], rule: IssuerRule, key: Key, rejected: Counter[RejectCode]
+) -> Mapping[str, Series | RejectCode]:
+    settled, left_out = settle_patients(headers, rule)
+    series, copies = group_series(settled, key)
+    rejected[RejectCode.NO_ISSUER] += left_out
+    rejected[RejectCode.SPLIT_NUMBER] += split_numbers(settled)
     rejected[RejectCode.DUPLICATE_FILE] += copies
     rejected.update(outcome for outcome in series.values() if isinstance(outcome, RejectCode))
     return series
@@ -218,16 +227,16 @@ def _undecodable(_job: _Job) -> RejectCode:
 
 
 def _patient_items(
-    jobs: Sequence[_Job], results: Sequence[Patches | RejectCode], rejected: Counter[RejectCode], secret: bytes
+    jobs: Sequence[_Job], results: Sequence[Patches | RejectCode], rejected: Counter[RejectCode], key: Key
 ) -> list[PatientItem]:
-    """Gather every patient's nodules from all of the patient's series."""
-    nodules: dict[PatientIdentity, list[tuple[Annotation, int, Patches]]] = defaultdict(list)
+    """Gather every patient's nodules from all of the patient's series, under all of the patient's identifiers."""
+    nodules: dict[bytes, list[tuple[Annotation, int, Patches]]] = defaultdict(list)
     for job, outcome in zip(jobs, results, strict=True):
         if isinstance(outcome, RejectCode):
             rejected[outcome] += 1
         else:
-            nodules[job.series.patient].append((job.annotation, job.series.vendor, outcome))
-    return [_patient_item(pseudonym(secret, patient), group) for patient, group in nodules.items()]
+            nodules[key(job.series.patient)].append((job.annotation, job.series.vendor, outcome))
+    return [_patient_item(name, group) for name, group in nodules.items()]
 
 
 def _patient_item(key: bytes, group: Sequence[tuple[Annotation, int, Patches]]) -> PatientItem:

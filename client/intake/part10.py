@@ -7,7 +7,6 @@ values, never leave ``silence``. References: DICOM PS3.10 7 (file format), PS3.5
 import logging
 import math
 import os
-import stat
 import unicodedata
 import warnings
 import zlib
@@ -25,6 +24,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filereader import read_dataset
 from pydicom.tag import BaseTag
 
+from client.intake.files import NotAFileError, open_plain
 from client.intake.rejects import RejectCode, Rejected
 
 MAX_SIDE_PX: Final = 4096
@@ -58,15 +58,14 @@ def _child_loggers(name: str) -> list[logging.Logger]:
 
 def open_part10(path: Path) -> BinaryIO:
     """Open an ordinary file of bearable size; a link put there since the listing is not followed."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    file = os.fdopen(descriptor, "rb")
-    status = os.fstat(descriptor)
+    try:
+        file = open_plain(path, follow=False)
+    except NotAFileError:
+        raise Rejected(RejectCode.NOT_A_FILE) from None
     code = None
-    if not stat.S_ISREG(status.st_mode):
-        code = RejectCode.UNREADABLE
-    elif file.read(132)[128:] != b"DICM":
+    if file.read(132)[128:] != b"DICM":
         code = RejectCode.NOT_DICOM
-    elif status.st_size > MAX_FILE_BYTES:
+    elif os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
         code = RejectCode.TOO_LARGE
     if code is not None:
         file.close()

@@ -9,6 +9,7 @@ import hmac
 import os
 import secrets
 import stat
+import unicodedata
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -32,14 +33,15 @@ class PatientIdentity(NamedTuple):
 
 
 def pseudonym(secret: bytes, patient: PatientIdentity) -> bytes:
-    """Return the patient's ``KEY_BYTES`` bytes under ``secret``.
+    """Return the patient's ``KEY_BYTES`` bytes under ``secret``: one identifier, one pseudonym, in any encoding.
 
     Raises:
         ValueError: If the secret has fewer than 128 bits.
     """
     if len(secret) < KEY_BYTES:
         raise ValueError(f"The secret must have at least {KEY_BYTES} bytes.")
-    parts = [_DOMAIN, *(text.encode("utf-8", "surrogatepass") for text in patient)]
+    texts = (unicodedata.normalize("NFC", text) for text in patient)
+    parts = [_DOMAIN, *(text.encode("utf-8", "surrogatepass") for text in texts)]
     # Lengths first: ("ab", "c") and ("a", "bc") are different patients.
     message = b"".join(len(part).to_bytes(4, "big") + part for part in parts)
     return hmac.digest(secret, message, hashlib.sha256)[:KEY_BYTES]

@@ -29,7 +29,8 @@ class RejectCode(_Code):
 
     # Files, in the order of the checks.
     SYMLINK = "symlink", "file", "a symbolic link; links are never followed"
-    UNREADABLE = "unreadable", "file", "cannot be opened or parsed, or is not an ordinary file"
+    NOT_A_FILE = "not-a-file", "file", "a pipe, socket or device; it is not opened"
+    UNREADABLE = "unreadable", "file", "cannot be opened or parsed"
     NOT_DICOM = "not-dicom", "file", "not a DICOM Part 10 file"
     TRUNCATED = "truncated", "file", "ends before its content is complete"
     SECONDARY_CAPTURE = "secondary-capture", "file", "a screenshot or secondary capture"
@@ -39,11 +40,7 @@ class RejectCode(_Code):
     BURNED_IN = "burned-in", "file", "declares annotations burned into the pixels"
     TOO_LARGE = "too-large", "file", "more rows, columns, frames or bytes than one CT slice can have"
     NO_PATIENT = "no-patient", "file", "no PatientID, so the unit of privacy is unknown"
-    AMBIGUOUS_PATIENT = (
-        "ambiguous-patient",
-        "file",
-        "a PatientID that several issuers use, without its issuer",
-    )
+    NO_ISSUER = "no-issuer", "file", "no issuer of the PatientID, which site.toml [intake] requires"
     NO_UID = "no-uid", "file", "no series or instance UID"
     NO_SPACING = "no-spacing", "file", "pixel spacing absent or not usable"
     NO_POSITION = "no-position", "file", "image position absent or not usable"
@@ -57,6 +54,13 @@ class RejectCode(_Code):
     UNSUPPORTED_PIXELS = "unsupported-pixels", "file", "pixels that are not 8 or 16-bit monochrome integers"
     UNSUPPORTED_SYNTAX = "unsupported-syntax", "file", "a transfer syntax that cannot be decoded here"
     DUPLICATE_FILE = "duplicate-file", "file", "an identical copy of another file; one is kept"
+
+    # What may be one person under two identities. Not a loss, and nothing is decided by it.
+    SPLIT_NUMBER = (
+        "split-number",
+        "number",
+        "a PatientID here with an issuer, there without: two patients; see site.toml [intake]",
+    )
 
     # Series.
     MIXED_PATIENTS = "mixed-patients", "series", "slices of more than one patient under one series UID"
@@ -87,18 +91,21 @@ class GlucoseCode(_Code):
 
     # Files.
     SYMLINK = "symlink", "file", "a symbolic link; links are never followed"
+    NOT_A_FILE = "not-a-file", "file", "a pipe, socket or device; it is not opened"
     NOT_CSV = "not-csv", "file", "not named .csv, .tsv or .txt (also with .gz)"
     UNREADABLE = "unreadable", "file", "cannot be opened or unpacked to its end"
+    TOO_LARGE = "too-large", "file", "unfolds to far more bytes than a packed export can hold"
     EMPTY = "empty", "file", "nothing in it"
     COLUMNS_MISSING = "columns-missing", "file", "no header row with the columns of a known export"
-    UNKNOWN_TIMES = "unknown-times", "file", "times whose form or zone is not known"
-    DATE_SERIALS = "date-serials", "file", "times as a spreadsheet's date serials"
-    MIXED_UNITS = "mixed-units", "file", "mmol/L and mg/dL under one heading"
 
     # Rows.
     OTHER_ROW = "other-row", "row", "an event of another kind, or no value"
     BAD_ROW = "bad-row", "row", "a patient, time or value that is absent or cannot be read"
     OUT_OF_RANGE = "out-of-range", "row", "a glucose outside 20 to 600 mg/dL"
+    WRONG_UNIT = "wrong-unit", "row", "of a patient whose glucose is in the other unit; set unit in [glucose]"
+    MIXED_UNITS = "mixed-units", "row", "of a patient with mmol/L and mg/dL under one heading"
+    UNKNOWN_TIMES = "unknown-times", "row", "of a patient whose times have no known form or zone"
+    DATE_SERIALS = "date-serials", "row", "of a patient whose times are a spreadsheet's date serials"
     CLOCK_CHANGE = "clock-change", "row", "a local time that the change of clocks skips or repeats"
     DUPLICATE_READING = "duplicate-reading", "row", "repeats another row; one is kept"
     CONFLICTING_READING = "conflicting-reading", "row", "another value at the same time (none is kept)"

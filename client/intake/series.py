@@ -1,4 +1,7 @@
-"""From single headers to series: who the patient is, what belongs together, and where each slice lies."""
+"""From single headers to series: who the patient is, what belongs together, and where each slice lies.
+
+Every decision here is about one series and looks at that series' own slices only.
+"""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -9,6 +12,7 @@ from typing import Final
 import numpy as np
 
 from client.intake.dicom import SliceHeader
+from client.intake.identities import IssuerRule
 from client.intake.patches import Floats, StackGeometry
 from client.intake.pseudonyms import PatientIdentity
 from client.intake.rejects import RejectCode, Rejected
@@ -32,29 +36,46 @@ class Series:
     geometry: StackGeometry
 
 
-def resolve_patients(headers: Iterable[SliceHeader]) -> tuple[list[SliceHeader], int]:
-    """Give every slice its patient's full identity; return the slices and how many stay ambiguous.
+def settle_patients(headers: Iterable[SliceHeader], rule: IssuerRule) -> tuple[list[SliceHeader], int]:
+    """Give every slice its patient's identity under the site's rule; return the slices and how many are left out.
 
-    The same PatientID of two issuers means two patients. A slice without an issuer joins the only issuer of
-    its PatientID; where there are several it is left out, because to guess could split one patient into two
-    units of privacy.
+    A slice without an issuer takes the only one that its own series states for its PatientID. Nothing outside the
+    series is looked at: what another patient's files say cannot change whose slice this is.
     """
     headers = list(headers)
-    issuers: dict[str, set[str]] = defaultdict(set)
+    stated: dict[tuple[str, str], set[str]] = defaultdict(set)
     for header in headers:
-        issuers[header.patient.patient_id] |= {header.patient.issuer} - {""}
-    resolved = []
+        stated[header.series_uid, header.patient.patient_id] |= {header.patient.issuer} - {""}
+    settled = []
     for header in headers:
-        known = issuers[header.patient.patient_id]
-        if header.patient.issuer == "" and len(known) == 1:
-            resolved.append(replace(header, patient=header.patient._replace(issuer=next(iter(known)))))
-        elif header.patient.issuer or not known:
-            resolved.append(header)
-    return resolved, len(headers) - len(resolved)
+        patient, known = header.patient, stated[header.series_uid, header.patient.patient_id]
+        if not patient.issuer and len(known) == 1:
+            patient = patient._replace(issuer=next(iter(known)))
+        if (decided := rule.settle(patient)) is not None:
+            settled.append(replace(header, patient=decided))
+    return settled, len(headers) - len(settled)
 
 
-def group_series(headers: Iterable[SliceHeader]) -> tuple[dict[str, Series | RejectCode], int]:
-    """Group slices by series; return each one or why it is rejected, and the number of copies."""
+def split_numbers(headers: Iterable[SliceHeader]) -> int:
+    """Count the PatientIDs that stand both with an issuer and without; it is only told, and no record depends on it."""
+    named: dict[str, set[bool]] = defaultdict(set)
+    for header in headers:
+        named[header.patient.patient_id].add(bool(header.patient.issuer))
+    return sum(len(both) == 2 for both in named.values())
+
+
+def group_series(
+    headers: Iterable[SliceHeader], key: Callable[[PatientIdentity], bytes]
+) -> tuple[dict[str, Series | RejectCode], int]:
+    """Group slices by series; return each one or why it is rejected, and the number of copies.
+
+    What becomes of a series, and whose it is, is a function of its own slices. So another patient's files matter only
+    if they state this very series; the series is then refused for both, for nothing says whose it is.
+
+    Args:
+        headers: Slices, with settled patients.
+        key: Patient to pseudonym, the same for identifiers of one person.
+    """
     members: dict[str, list[SliceHeader]] = defaultdict(list)
     for header in headers:
         members[header.series_uid].append(header)
@@ -64,7 +85,7 @@ def group_series(headers: Iterable[SliceHeader]) -> tuple[dict[str, Series | Rej
         distinct = _without_copies(members[series_uid])
         copies += len(members[series_uid]) - len(distinct)
         try:
-            result[series_uid] = _build(series_uid, distinct)
+            result[series_uid] = _build(series_uid, distinct, key)
         except Rejected as outcome:
             result[series_uid] = outcome.code
     return result, copies
@@ -88,13 +109,13 @@ def _digest(header: SliceHeader) -> bytes:
         return bytes(header.path)
 
 
-def _build(series_uid: str, slices: Sequence[SliceHeader]) -> Series:
+def _build(series_uid: str, slices: Sequence[SliceHeader], key: Callable[[PatientIdentity], bytes]) -> Series:
     """Check that the slices form one stack.
 
     Raises:
         Rejected: With the code of the first rule of the series that is broken.
     """
-    if _differ(slices, lambda header: header.patient):
+    if _differ(slices, lambda header: key(header.patient)):
         raise Rejected(RejectCode.MIXED_PATIENTS)
     if _differ(slices, lambda header: header.instance_uid, expected=len(slices)):
         raise Rejected(RejectCode.DUPLICATE_SLICES)

@@ -17,7 +17,7 @@ from server.config import ServerConfig
 from server.registry import OK, Registry
 from server.runs import worker
 from shared.errors import StorageError
-from shared.records import RecordStore
+from shared.records import open_store
 from simulations.deployment import Deployment, deployment, wait_for
 from simulations.generators.hospitals import generate_hospitals
 from simulations.sites import coarse
@@ -181,4 +181,4 @@ def test_every_process_killed_in_turn_and_the_run_ends_with_every_round_once(con
 def test_ports_other_than_fleet_are_on_loopback(consortium):
     config = ServerConfig.read(consortium.server)
     assert len({config.fleet_port, config.control_port, config.health_port}) == 3
-    assert len(RecordStore.open(consortium.site("site-1") / "store")) == PATIENTS
+    assert len(open_store(consortium.site("site-1"), "ct-nodules")) == PATIENTS

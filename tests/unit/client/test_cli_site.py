@@ -26,6 +26,7 @@ from server.checkpoints import save_checkpoint
 from shared.errors import StorageError
 from shared.messages import TrainRequest
 from shared.plan import RunPlan
+from shared.records import stores_in
 from shared.tasks.registry import find_task
 from shared.telemetry import Health, serve
 from shared.weights import pack
@@ -200,7 +201,8 @@ def test_from_intake_to_a_verified_ledger(
 
     assert call(monkeypatch, "status", site, "--json") == 0
     status = json.loads(capfd.readouterr().out)
-    assert (status["store"]["present"], status["audit"]["ok"], status["daemon"]["answers"]) == (True, True, False)
+    assert [*status["stores"]] == ["ct-nodules"]
+    assert (status["audit"]["ok"], status["daemon"]["answers"]) == (True, False)
 
     assert call(monkeypatch, "audit", "show", site, "--last", 2) == 0
     shown = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
@@ -218,15 +220,15 @@ def test_a_failed_intake_keeps_the_old_store(
 ) -> None:
     arguments = ("--annotations", "annotations.csv", "--workers", 1)
     assert call(monkeypatch, "intake", site, dicom, *arguments) == 0
-    before = Site(site).store.digest
+    before = Site(site).store_of("ct-nodules").digest
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "annotations.csv").write_bytes((dicom / "annotations.csv").read_bytes())
     assert call(monkeypatch, "intake", site, tmp_path / "empty", *arguments) == 1
     assert "Nothing usable" in capfd.readouterr().err
-    assert Site(site).store.digest == before
-    (site / "store").rename(site / ".store.old")  # died between the two renames
+    assert Site(site).store_of("ct-nodules").digest == before
+    (site / "stores" / "ct-nodules").rename(site / "stores" / ".ct-nodules.old")  # died between the two renames
     assert call(monkeypatch, "intake", site, tmp_path / "empty", *arguments) == 1
-    assert Site(site).store.digest == before
+    assert Site(site).store_of("ct-nodules").digest == before
     (site / "pseudonyms.key").unlink()
     assert call(monkeypatch, "intake", site, dicom, *arguments) == 1
     assert not (site / "pseudonyms.key").exists()
@@ -246,6 +248,25 @@ def waves(path: Path, readings: int = 230, times: str = "plain") -> Path:
     return path
 
 
+def test_a_table_of_one_persons_identifiers_is_kept_for_later_intakes(
+    site: Path, dicom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "links.csv"
+    table.write_text("Doe-1\n")
+    export = waves(tmp_path / "clinic.csv")
+    assert call(monkeypatch, "intake", site, export, "--same-patient", table) == 1
+    error = capfd.readouterr().err
+    assert "Line 1 of links.csv" in error
+    assert "Doe" not in error
+    assert stores_in(site) == {}
+    table.write_text("Doe-1,Doe-2\nP-0,P-2\n")
+    assert call(monkeypatch, "intake", site, export, "--same-patient", table) == 0
+    assert "1 patients, 1 segments, 230 records" in capfd.readouterr().out  # the same readings twice
+    assert call(monkeypatch, "intake", site, dicom, "--workers", 1) == 0
+    assert "1 patients, 2 nodules" in capfd.readouterr().out  # P-1 is undecided
+    assert (site / "same-patient.json").stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.parametrize("folder", [False, True])
 def test_intake_without_annotations_takes_glucose(
     folder: bool, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -255,7 +276,7 @@ def test_intake_without_annotations_takes_glucose(
     shown = capfd.readouterr()
     assert "2 patients, 2 segments, 460 records" in shown.out
     assert "Doe" not in shown.out + shown.err
-    store = Site(site).store
+    store = Site(site).store_of("cgm-5min")
     assert (store.kind, len(store)) == ("cgm-5min", 2)
     assert "prepared" in (site / "audit.jsonl").read_text()
 
@@ -269,12 +290,13 @@ def test_glucose_is_read_by_the_columns_in_site_toml(
     with (site / "site.toml").open("a") as handle:
         handle.write('\n[glucose]\npatient = "MRN"\ntime = "Messzeit"\nglucose = "Wert"\n')
     assert call(monkeypatch, "intake", site, export) == 0
-    assert len(Site(site).store) == 2
+    assert len(Site(site).store_of("cgm-5min")) == 2
 
 
 def test_an_export_that_is_neither_or_lacks_its_annotations_is_refused(
     site: Path, dicom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    (dicom / "annotations.csv").unlink()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.pdf").write_bytes(b"%PDF")
     for export, said in ((dicom, "--annotations"), (tmp_path / "other", "neither"), (tmp_path / "no", "no such")):
@@ -282,7 +304,7 @@ def test_an_export_that_is_neither_or_lacks_its_annotations_is_refused(
         error = capfd.readouterr().err
         assert said in error
         assert "Traceback" not in error
-    assert not (site / "store").exists()
+    assert stores_in(site) == {}
 
 
 def test_predictions_are_the_models_and_stay_with_their_patients(
@@ -298,9 +320,9 @@ def test_predictions_are_the_models_and_stay_with_their_patients(
     assert sorted(tmp_path.iterdir()) == sorted([*before, out])
     rows = list(csv.DictReader(out.read_text().splitlines()))
     assert len(rows) == 3  # the undecided nodule too: nobody's judgement is needed to score it
-    trained = {key.tobytes().hex() for key in Site(site).store.keys}
+    trained = {key.tobytes().hex() for key in Site(site).store_of("ct-nodules").keys}
     assert trained < {row["patient"] for row in rows}
-    store = Site(site).store
+    store = Site(site).store_of("ct-nodules")
     images = torch.from_numpy(np.asarray(store.arrays["image"][:, 4:-4, 4:-4], np.float32))[:, None]
     with torch.no_grad():
         expected = load_model(saved.path)(images).softmax(1)[:, 1].view(-1, 3).mean(1)

@@ -338,10 +338,17 @@ BAD = {
     "serials": (lambda p: write(p, serials(rows())), "date serials"),
     "words": (lambda p: write(p, [[MARK, "noon", v] for *_, v in rows()]), "time-format"),
     "no zone": (lambda p: write(p, [[MARK, t + "Z", v] for _, t, v in rows()]), "time-zone"),
-    "mmol as mg/dL": (lambda p: write(p, rows(values=curve(200) / 18)), "mmol/L and mg/dL"),
-    "one patient in mmol": (
-        lambda p: write(p, [*rows(3000), *rows(20, "x", values=curve(20) / 18)]),
-        "mmol/L and mg/dL",
+    "mmol as mg/dL": (
+        lambda p: write(p, rows(values=curve(200) / 18)),
+        r'Set unit = "mmol/L".* in site\.toml \[glucose',
+    ),
+    "mg/dL as mmol": (
+        lambda p: write(p, rows(), ["patient_id", "timestamp", "glucose_mmol_l"]),
+        r"wrong-unit 200.*Set unit",
+    ),
+    "both units": (
+        lambda p: write(p, rows(values=np.append(curve(200), curve(100) / 18))),
+        "mmol/L and mg/dL under one heading",
     ),
     "nothing long enough": (lambda p: write(p, rows(50)), "Nothing usable .*short-segment 1"),
     "header and no row": (lambda p: write(p, []), "Nothing usable"),

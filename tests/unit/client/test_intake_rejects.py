@@ -1,6 +1,7 @@
 """Every kind of bad input is counted under its code and never stops the rest."""
 
 import os
+import socket
 import zipfile
 from collections.abc import Callable
 
@@ -90,14 +91,14 @@ def test_a_bad_slice_is_counted_and_the_rest_goes_on(export, code, edit):
 def test_every_code_is_exercised_or_named_here():
     by_edit = {code for code, _ in FILE_EDITS}
     elsewhere = {
-        *(CODE.SYMLINK, CODE.UNREADABLE, CODE.NOT_DICOM, CODE.AMBIGUOUS_PATIENT, CODE.UNSUPPORTED_SYNTAX),
+        *(CODE.SYMLINK, CODE.NOT_A_FILE, CODE.UNREADABLE, CODE.NOT_DICOM, CODE.NO_ISSUER, CODE.UNSUPPORTED_SYNTAX),
         *(CODE.DUPLICATE_FILE, CODE.MIXED_PATIENTS, CODE.MIXED_SERIES, CODE.DUPLICATE_SLICES),
         *(CODE.IRREGULAR_STACK, CODE.TOO_FEW_SLICES, CODE.BAD_ROW, CODE.BAD_DIAMETER, CODE.BAD_MALIGNANCY),
         *(CODE.UNDECIDED, CODE.DUPLICATE_ANNOTATION, CODE.UNKNOWN_SERIES, CODE.REJECTED_SERIES),
-        *(CODE.OUTSIDE_VOLUME, CODE.MISSING_SLICES, CODE.UNDECODABLE),
+        *(CODE.OUTSIDE_VOLUME, CODE.MISSING_SLICES, CODE.UNDECODABLE, CODE.SPLIT_NUMBER),
     }
     assert by_edit | elsewhere == set(RejectCode)
-    assert {code.unit for code in RejectCode} == {"file", "series", "annotation"}
+    assert {code.unit for code in RejectCode} == {"file", "number", "series", "annotation"}
 
 
 def test_what_is_no_dicom_file(export):
@@ -135,11 +136,16 @@ def test_links_are_never_followed(export, tmp_path):
     assert report.rejected == {CODE.SYMLINK: 3}
 
 
-def test_a_pipe_and_an_unreadable_file(export, monkeypatch):
+def test_pipes_and_sockets_are_counted_and_never_opened(export):
     _good(export)
-    os.mkfifo(export.dicom / "pipe")
-    report, _ = export.prepare()
-    assert report.rejected == {CODE.UNREADABLE: 1}
+    os.mkfifo(export.dicom / "pipe.dcm")
+    with socket.socket(socket.AF_UNIX) as listening:
+        folder = os.open(export.dicom, os.O_RDONLY)
+        listening.bind(f"/proc/self/fd/{folder}/s.dcm")  # a socket's own path may be too long
+        os.close(folder)
+        report, _ = export.prepare()
+    assert report.rejected == {CODE.NOT_A_FILE: 2}
+    assert report.files == 10
 
 
 def test_an_unknown_transfer_syntax(export, save_slice):

@@ -255,7 +255,7 @@ def test_more_patients_than_a_step_has_room_for_are_refused_before_anything_is_s
     with pytest.raises(PolicyError, match="fedward-site declare"):
         Site(tmp_path).answer_train(request())
     assert site.ledger.releases() == ()
-    replace(POLICY, declared_patients=2).write(tmp_path / "site.toml")
+    replace(POLICY, declared_patients=7).write(tmp_path / "site.toml")
     Site(tmp_path).check_patients()
 
 

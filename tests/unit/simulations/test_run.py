@@ -14,7 +14,7 @@ import client.site
 from client.ledger import Ledger
 from shared.accounting import epsilon_of
 from shared.errors import FederationError, StorageError
-from shared.records import RecordStore, write_store
+from shared.records import RecordStore, open_store, write_store
 from simulations.display import Display
 from simulations.run import Simulation, resume, start
 from simulations.sites import coarse, merge_stores
@@ -114,7 +114,7 @@ def test_baselines_stand_beside_the_model(
 
 def test_heldout_patients_are_nobodys_training_patients(data: tuple[str, ...], tmp_path: Path) -> None:
     start(simulation(data), tmp_path / "out", DISPLAY)
-    stores = [RecordStore.open(path / "store") for path in sorted((tmp_path / "out" / "sites").iterdir())]
+    stores = [open_store(path, "ct-nodules") for path in sorted((tmp_path / "out" / "sites").iterdir())]
     heldout = RecordStore.open(tmp_path / "out" / "heldout")
     training = {key.tobytes() for store in stores for key in store.keys}
     reserved = {key.tobytes() for key in heldout.keys}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from shared.errors import IntakeError
-from shared.records import RecordStore
+from shared.records import RecordStore, open_store
 from shared.tasks.cgm_windows import judged_windows
 from shared.tasks.glucose_forecast import TASK
 from simulations.sites import Federation, prepare_federation
@@ -32,7 +32,7 @@ def test_glucose_is_divided_in_time_and_every_patient_is_on_both_sides(hospitals
     windows = judged_windows(judged)
     assert windows.sites == federation.names == ("site-1", "site-2")
     for number, (folder, source) in enumerate(zip(federation.sites, hospitals, strict=True)):
-        trained, whole = RecordStore.open(folder / "store"), RecordStore.open(source)
+        trained, whole = open_store(folder, TASK.store_kind), RecordStore.open(source)
         own = set(np.asarray(whole.arrays["glucose"]).tolist())
         mine = windows.path[windows.site == number]
         assert len(mine) == len(windows) // 2
@@ -44,7 +44,7 @@ def test_glucose_is_divided_in_time_and_every_patient_is_on_both_sides(hospitals
 def test_another_tasks_patients_are_never_on_both_sides(make_nodule_store: Maker, tmp_path: Path) -> None:
     make_nodule_store(tmp_path / "a", patients=20)
     federation = prepare(tmp_path / "out", [tmp_path / "a"], "nodule-classification")
-    judged, trained = RecordStore.open(federation.heldout), RecordStore.open(federation.sites[0] / "store")
+    judged, trained = RecordStore.open(federation.heldout), open_store(federation.sites[0], "ct-nodules")
     assert len(judged) + len(trained) == 20
     assert not {key.tobytes() for key in judged.keys} & {key.tobytes() for key in trained.keys}
     assert "site" not in judged.arrays
@@ -54,4 +54,4 @@ def test_given_judged_readings_must_be_of_other_patients(hospitals: list[Path], 
     with pytest.raises(IntakeError, match="among the training patients"):
         prepare(tmp_path / "out", hospitals, TASK.name, heldout=hospitals[0])
     apart = prepare(tmp_path / "apart", hospitals[:1], TASK.name, heldout=hospitals[1])
-    assert len(RecordStore.open(apart.sites[0] / "store").arrays["glucose"]) == 4 * 440
+    assert len(open_store(apart.sites[0], TASK.store_kind).arrays["glucose"]) == 4 * 440

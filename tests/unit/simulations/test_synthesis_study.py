@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from shared.errors import PlanError
-from shared.records import RecordStore
+from shared.records import RecordStore, open_store
 from simulations.display import Display
 from simulations.synthesis_study import FIGURES, Study, as_markdown, carry_out, draw_by_patients
 
@@ -44,8 +44,7 @@ def test_a_study_has_a_row_for_each_run_and_goes_on_where_it_stood(study: Study,
     assert (out / "study.md").read_text() == as_markdown(rows)
     assert as_markdown(rows).count("\n") == 3
     trained = {
-        key.tobytes()
-        for key in RecordStore.open(out / "patients-12" / "epsilon-inf" / "sites" / "site-1" / "store").keys
+        key.tobytes() for key in open_store(out / "patients-12" / "epsilon-inf" / "sites" / "site-1", "ct-nodules").keys
     }
     assert trained == {key.tobytes() for key in RecordStore.open(study.data[0]).keys[:12]}
     written = (out / "patients-12" / "epsilon-inf" / "samples.png").stat().st_mtime_ns
