@@ -91,6 +91,9 @@ def test_a_run_is_submitted_stopped_and_reported_without_the_service(
     assert said.out == "run-1\n"
     assert "The service is not running" in said.err
     assert "nothing will be validated" in said.err
+    assert find_run(Path(server), "run-1").sensitivity is None
+    assert call(monkeypatch, "run", server, str(tmp_path / "plan.toml"), "--sensitivity", "0.9", "--name", "own") == 0
+    assert find_run(Path(server), "own").sensitivity == 0.9
     assert call(monkeypatch, "stop", server, "run-1") == 0
     assert call(monkeypatch, "resume", server, "run-1") == 0
     run = find_run(Path(server), "run-1")
@@ -102,6 +105,7 @@ def test_a_run_is_submitted_stopped_and_reported_without_the_service(
     run.registry().end("run-1", COMPLETED)
     assert call(monkeypatch, "report", server, "run-1", "--out", str(tmp_path / "out")) == 0
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["rounds_completed"] == 2
+    assert "warning: Nothing was validated. No held-out patients" in capfd.readouterr().err
     assert (tmp_path / "out" / "report.html").exists()
     capfd.readouterr()
     assert call(monkeypatch, "status", server, "run-1", "--json") == 0
