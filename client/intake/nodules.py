@@ -33,6 +33,8 @@ from shared.tasks.ct_nodules import SLICE_OFFSETS_MM, SPACING_MM, STORE_KIND, VE
 Patches = npt.NDArray[np.float16]
 Progress = Callable[[str, int, int], None]
 """Called with a stage (``headers`` or ``nodules``), how many are done, and of how many."""
+Witness = Callable[[bytes, int, PatientIdentity, Annotation], None]
+"""Called with a stored nodule's pseudonym and number, and with the patient and annotation that they stand for."""
 T = TypeVar("T")
 
 BATCH_FILES: Final = 64
@@ -83,6 +85,7 @@ def prepare_nodules(
     secret: bytes,
     *,
     on_progress: Progress | None = None,
+    on_nodule: Witness | None = None,
     workers: int = 1,
 ) -> IntakeReport:
     """Prepare a hospital's export for the nodule tasks.
@@ -93,6 +96,7 @@ def prepare_nodules(
         store: Where the prepared store goes; an older one there is replaced.
         secret: The site's own, see ``client.intake.pseudonyms``.
         on_progress: Told how far the work is.
+        on_nodule: Told, in memory only, who each stored nodule belongs to and where it is. The store knows neither.
         workers: Processes that read and decode; 1 means this one, and one more only for compressed pixels.
 
     Raises:
@@ -115,7 +119,7 @@ def prepare_nodules(
         jobs = _match(_usable_series(headers, rejected), marked, rejected)
         outcomes = lanes.map(_extract, jobs, crashed=_undecodable, isolate=_is_fragile)
         results = list(_watched(outcomes, "nodules", len(jobs), tell))
-    patients = _patient_items(jobs, results, rejected, secret)
+    patients = _patient_items(jobs, results, rejected, secret, on_nodule)
     files = len(paths) + unusable.total()
     if not patients:
         reasons = ", ".join(f"{code} {rejected[code]}" for code in RejectCode if rejected[code]) or "it is empty"
@@ -218,7 +222,11 @@ def _undecodable(_job: _Job) -> RejectCode:
 
 
 def _patient_items(
-    jobs: Sequence[_Job], results: Sequence[Patches | RejectCode], rejected: Counter[RejectCode], secret: bytes
+    jobs: Sequence[_Job],
+    results: Sequence[Patches | RejectCode],
+    rejected: Counter[RejectCode],
+    secret: bytes,
+    witness: Witness | None,
 ) -> list[PatientItem]:
     """Gather every patient's nodules from all of the patient's series."""
     nodules: dict[PatientIdentity, list[tuple[Annotation, int, Patches]]] = defaultdict(list)
@@ -227,7 +235,14 @@ def _patient_items(
             rejected[outcome] += 1
         else:
             nodules[job.series.patient].append((job.annotation, job.series.vendor, outcome))
-    return [_patient_item(pseudonym(secret, patient), group) for patient, group in nodules.items()]
+    items = []
+    for patient, group in nodules.items():
+        key = pseudonym(secret, patient)
+        items.append(_patient_item(key, group))
+        for number, (annotation, _, _) in enumerate(group):
+            if witness is not None:
+                witness(key, number, patient, annotation)
+    return items
 
 
 def _patient_item(key: bytes, group: Sequence[tuple[Annotation, int, Patches]]) -> PatientItem:
