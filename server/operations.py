@@ -74,9 +74,10 @@ def follow(folder: RunFolder, console: Console) -> str | None:
                 # Its ServerApp has left: what it had to say of a failure is written.
                 break
             time.sleep(_POLL_S)
-    for sentence in warnings_about(folder):
+    why = explanation(_patiently(folder))
+    for sentence in warnings_about(folder) if why is None else ():
         console.print(f"warning: {sentence}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-    return explanation(_patiently(folder))
+    return why
 
 
 def warnings_about(folder: RunFolder) -> list[str]:

@@ -1,5 +1,6 @@
 """Bad input: one clear sentence and a non-zero exit, never a traceback."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -7,9 +8,11 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from rich.console import Console
 
 from server import cli
 from server.checkpoints import save_checkpoint
+from server.operations import follow
 from server.registry import COMPLETED, RoundRow
 from server.runs import find_run
 from shared.errors import ErrorCode, FederationError
@@ -112,6 +115,16 @@ def test_a_run_is_submitted_stopped_and_reported_without_the_service(
     assert json.loads(capfd.readouterr().out)["status"] == COMPLETED
     assert call(monkeypatch, "status", server, "run-1") == 0
     assert "2/2" in capfd.readouterr().out
+
+
+def test_a_followed_run_ends_with_its_warnings(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call(monkeypatch, "run", server, str(tmp_path / "plan.toml")) == 0
+    run = find_run(Path(server), "run-1")
+    run.registry().add_round("run-1", RoundRow(2, 1.0, None, {"h1": "ok"}))
+    run.registry().end("run-1", COMPLETED)
+    said = io.StringIO()
+    assert follow(run, Console(file=said)) is None
+    assert said.getvalue().splitlines()[-1] == "warning: Nothing was validated. No held-out patients judged this model."
 
 
 def test_sites_are_shown_for_people_and_scripts(
