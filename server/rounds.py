@@ -296,4 +296,4 @@ def _judge(task: Task, model: nn.Module, job: Job) -> Evaluation | None:
     if job.heldout is None:
         return None
     model.eval()
-    return task.judge(model, job.heldout, job.sensitivity if task.evaluate_at else None)
+    return task.judge(model, job.heldout, job.sensitivity)

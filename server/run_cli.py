@@ -47,11 +47,11 @@ def run(
     from server.planning import agree_plan, open_heldout, read_plan_request
     from server.runs import submit
     from server.supervisor import service_pid
-    from shared.operating_point import check_sensitivity
+    from shared.tasks.registry import find_task
 
     config = ServerConfig.read(server)
-    check_sensitivity(sensitivity)
     request = read_plan_request(plan)
+    find_task(request.task).check_sensitivity(sensitivity)
     agreed = agree_plan(request, require_members(server), init_)
     if open_heldout(config, agreed.task) is None:
         warn("There are no held-out patients (heldout in server.toml): nothing will be validated.")

@@ -35,7 +35,6 @@ from shared.drafting import draft_plan
 from shared.errors import ErrorCode, FederationError, PlanError, StorageError
 from shared.files import storage_errors, write_atomic
 from shared.messages import PlanQuery
-from shared.operating_point import check_sensitivity
 from shared.plan import RANDOM_START, RunPlan
 from shared.records import RecordStore
 from shared.tasks.registry import find_task
@@ -86,9 +85,7 @@ class Simulation:
             raise PlanError(f"--max-epsilon must be positive, not {self.max_epsilon}.")
         if self.baselines and find_task(self.task).post_process:
             raise PlanError(f"--baselines cannot train the task {self.task} alone; its summary has real_auroc instead.")
-        check_sensitivity(self.sensitivity)
-        if self.sensitivity is not None and find_task(self.task).evaluate_at is None:
-            raise PlanError(f"--sensitivity needs a task that decides; {self.task} makes no yes-or-no decision.")
+        find_task(self.task).check_sensitivity(self.sensitivity)
         if self.augment_with and not find_task(self.task).augmented_by:
             raise PlanError(f"The task {self.task} cannot be augmented with synthetic patients.")
         if self.backend not in BACKENDS:

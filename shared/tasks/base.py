@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from shared.errors import PlanError
 from shared.metrics import Estimate
-from shared.operating_point import OperatingPoint
+from shared.operating_point import OperatingPoint, check_sensitivity
 from shared.plan import RunPlan
 from shared.records import RecordStore
 
@@ -161,13 +161,17 @@ class Task:
     example: Callable[[int], Tensor] | None = None
 
     def judge(self, model: nn.Module, store: RecordStore, sensitivity: float | None = None) -> Evaluation:
-        """Judge a model, at the threshold of a sensitivity if one is asked for.
+        """Judge a model, at the threshold of a sensitivity if one is asked for and the task decides."""
+        if sensitivity is None or self.evaluate_at is None:
+            return self.evaluate(model, store)
+        return self.evaluate_at(model, store, sensitivity)
+
+    def check_sensitivity(self, sensitivity: float | None) -> None:
+        """Refuse a sensitivity that cannot be asked for.
 
         Raises:
-            PlanError: If a sensitivity is asked for and the task makes no decisions.
+            PlanError: If it does not lie in (0, 1], or the task makes no decisions.
         """
-        if sensitivity is None:
-            return self.evaluate(model, store)
-        if self.evaluate_at is None:
-            raise PlanError(f"The task {self.name} makes no yes-or-no decision, so no sensitivity can be set for it.")
-        return self.evaluate_at(model, store, sensitivity)
+        check_sensitivity(sensitivity)
+        if sensitivity is not None and self.evaluate_at is None:
+            raise PlanError(f"The task {self.name} makes no yes-or-no decision, so it has no sensitivity to ask for.")

@@ -97,6 +97,10 @@ def test_a_run_is_submitted_stopped_and_reported_without_the_service(
     assert find_run(Path(server), "run-1").sensitivity is None
     assert call(monkeypatch, "run", server, str(tmp_path / "plan.toml"), "--sensitivity", "0.9", "--name", "own") == 0
     assert find_run(Path(server), "own").sensitivity == 0.9
+    for task, value in (("nodule-classification", "1.5"), ("glucose-forecast", "0.9")):
+        (tmp_path / "other.toml").write_text(f'task = "{task}"\nrounds = 2\nepsilon = 8.0\n')
+        assert call(monkeypatch, "run", server, str(tmp_path / "other.toml"), "--sensitivity", value) == 1
+        assert "sensitivity" in capfd.readouterr().err
     assert call(monkeypatch, "stop", server, "run-1") == 0
     assert call(monkeypatch, "resume", server, "run-1") == 0
     run = find_run(Path(server), "run-1")
