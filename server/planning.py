@@ -16,10 +16,11 @@ from typing import Any
 from server.checkpoints import load_weights
 from server.config import ServerConfig
 from server.members import Member
-from shared.drafting import DELTA_SHARE, check_keys, draft_plan
+from shared.drafting import DELTA_SHARE, draft_plan
 from shared.errors import PlanError, StorageError
 from shared.files import storage_errors
 from shared.plan import RunPlan
+from shared.plan_keys import check_keys
 from shared.records import RecordStore
 from shared.tasks.registry import find_task
 

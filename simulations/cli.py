@@ -113,6 +113,7 @@ def run(
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
 ) -> None:
     """Run a federation to its end and write summary.json and report.html."""
+    assigned = _assigned(context, settings or ())  # before torch is imported: a mistyped key is said at once
     from simulations.display import Display
     from simulations.run import Simulation, start
     from simulations.run import resume as go_on
@@ -138,7 +139,6 @@ def run(
         "strategy": strategy,
         "engine": engine,
     }
-    assigned = _assigned(context, settings or ())
     simulation = Simulation(
         task=assigned.pop("task", task),
         sites=len(data) if data else sites,
@@ -283,8 +283,8 @@ def _assigned(context: typer.Context, settings: Sequence[str]) -> dict[str, Any]
     """Return what --set sets; what an option of its own sets as well is refused."""
     from click.core import ParameterSource
 
-    from shared.drafting import read_assignments
     from shared.errors import PlanError
+    from shared.plan_keys import read_assignments
 
     assigned = read_assignments(settings)
     for name in assigned:

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from shared.drafting import PLAN_KEYS, check_keys, draft_plan, read_assignments
+from shared.drafting import draft_plan
 from shared.errors import PlanError
 from shared.plan import RunPlan
+from shared.plan_keys import PLAN_KEYS, check_keys, read_assignments
 from shared.suggest import suggestion
 
 
