@@ -198,10 +198,18 @@ def predict(
     dicom_dir: Annotated[Path, typer.Argument(help="Folder with the scans.")],
     out: Annotated[Path, typer.Option(help="CSV to write. It stays in this hospital.")],
     annotations: Annotations = Path("annotations.csv"),
-    site: Annotated[Path | None, typer.Option(help="Use this site's pseudonyms. Default: fresh ones.")] = None,
+    pseudonymous: Annotated[
+        bool, typer.Option("--pseudonymous", help="Write pseudonyms, and neither patient number, series nor position.")
+    ] = False,
+    site: Annotated[
+        Path | None, typer.Option(help="With --pseudonymous: use this site's pseudonyms. Default: fresh ones.")
+    ] = None,
     workers: Workers = None,
 ) -> None:
-    """Score this hospital's own scans with a trained model."""
+    """Score this hospital's own scans with a trained model.
+
+    The CSV names each nodule by the hospital's patient number, the series and the position in mm: it stays here.
+    """
     from client.intake.pseudonyms import load_or_create_secret
     from client.predict import predict as score
     from client.setup import PSEUDONYMS, find_annotations, identities_of
@@ -209,8 +217,18 @@ def predict(
     secret = load_or_create_secret(open_site(site).folder / PSEUDONYMS) if site else None
     who = identities_of(site) if site else None
     marked = find_annotations(annotations, dicom_dir)
-    report = score(checkpoint, dicom_dir, marked, out, secret=secret, identities=who, workers=_workers(workers))
-    _show_intake(report)
+    scored = score(
+        checkpoint,
+        dicom_dir,
+        marked,
+        out,
+        secret=secret,
+        identities=who,
+        pseudonymous=pseudonymous,
+        workers=_workers(workers),
+    )
+    _show_intake(scored.intake)
+    say(f"malignant from a probability of {scored.point.threshold:.3f} on ({scored.point.rule})")
     say(f"predictions: {out}")
 
 

@@ -1,6 +1,7 @@
 """The aggregator's Flower ``ServerApp``: reads its job from the run's configuration and carries it out.
 
-Two configurations exist. A simulation gives the job itself: ``run``, ``plan``, ``folder``, ``heldout``, ``start``.
+Two configurations exist. A simulation gives the job itself: ``run``, ``plan``, ``folder``, ``heldout``, ``start``,
+``sensitivity``.
 The service gives ``run`` and ``server``, the aggregator's folder, in which everything else stands.
 """
 
@@ -61,6 +62,7 @@ def job_from(config: Mapping[str, str]) -> Job:
         folder=Path(config["folder"]),
         heldout=RecordStore.open(Path(config["heldout"])) if "heldout" in config else None,
         start=Path(config["start"]) if "start" in config else None,
+        sensitivity=float(config["sensitivity"]) if "sensitivity" in config else None,
     )
 
 
@@ -80,6 +82,7 @@ def _service_job(server: Path, run: str) -> Job:
         },
         max_share=config.max_share,
         max_update_norm=config.max_update_norm or None,
+        sensitivity=folder.sensitivity or config.sensitivity or None,
     )
 
 

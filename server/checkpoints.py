@@ -22,6 +22,7 @@ from torch import nn
 
 from shared.errors import StorageError
 from shared.files import storage_errors, write_atomic
+from shared.operating_point import OperatingPoint
 from shared.personal import is_personal
 
 State = Mapping[str, npt.NDArray[np.floating]]
@@ -43,6 +44,7 @@ class Checkpoint:
         strategy_sha256: Of the strategy's state, if it has one.
         epsilon: What no site's patients have spent more than, at ``delta``; ``None`` where nothing is guaranteed.
         delta: See :class:`shared.plan.RunPlan`.
+        operating_point: How the model's score is read, if the task decides and reference patients judged it.
     """
 
     run: str
@@ -54,6 +56,7 @@ class Checkpoint:
     strategy_sha256: str | None = None
     epsilon: float | None = None
     delta: float | None = None
+    operating_point: OperatingPoint | None = None
 
 
 def save_checkpoint(
@@ -67,6 +70,7 @@ def save_checkpoint(
     strategy_state: State | None = None,
     epsilon: float | None = None,
     delta: float | None = None,
+    operating_point: OperatingPoint | None = None,
 ) -> Checkpoint:
     """Write the model's and the strategy's state after round ``number``; forget all but the latest checkpoints.
 
@@ -80,11 +84,15 @@ def save_checkpoint(
     carried = safetensors.numpy.save(dict(strategy_state)) if strategy_state else None
     carried_digest = None if carried is None else hashlib.sha256(carried).hexdigest()
     digest = hashlib.sha256(content).hexdigest()
-    checkpoint = Checkpoint(run, number, task, plan_digest, digest, path, carried_digest, epsilon, delta)
+    checkpoint = Checkpoint(
+        run, number, task, plan_digest, digest, path, carried_digest, epsilon, delta, operating_point
+    )
     write_atomic(path, content)
     if carried is not None:
         write_atomic(path.with_suffix(_STRATEGY), carried)
     sidecar = {**asdict(checkpoint), "path": path.name}
+    if operating_point is None:
+        del sidecar["operating_point"]
     write_atomic(path.with_suffix(".json"), json.dumps(sidecar, indent=1, sort_keys=True).encode())
     for old in sorted(folder.glob("round-*.json"))[:-_KEPT]:
         old.unlink()
@@ -104,7 +112,8 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
         return None
     try:
         values = json.loads(sidecars[-1].read_bytes())
-        return Checkpoint(**{**values, "path": folder / values["path"]})
+        point = OperatingPoint.parse(values.get("operating_point"))
+        return Checkpoint(**{**values, "path": folder / values["path"], "operating_point": point})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise StorageError(f"The checkpoint description {sidecars[-1]} is damaged; remove it.") from error
 

@@ -45,13 +45,16 @@ app = typer.Typer(
 
 
 @app.command(
-    epilog="Example:  fedward-server init srv --name fedward.example.org --fleet-port 9092 --heldout reference/store"
+    epilog="Example:  fedward-server init srv --name fedward.example.org --fleet-port 9092 --heldout reference"
 )
 def init(
     server: Server,
     name: Annotated[list[str], typer.Option(help="DNS name or address hospitals connect to; repeat for each.")],
     fleet_port: Annotated[int, typer.Option(min=1, max=65535, help="Port hospitals connect to.")] = 9092,
-    heldout: Annotated[Path | None, typer.Option(help="Reference patients, prepared by 'fedward-site intake'.")] = None,
+    heldout: Annotated[
+        Path | None,
+        typer.Option(help="Reference patients, prepared by 'fedward-site intake': a store or the site's folder."),
+    ] = None,
 ) -> None:
     """Make a new aggregator: certificate authority, server certificate, settings."""
     from server.config import SETTINGS, make_server

@@ -13,7 +13,8 @@ from typing import Any
 from server.certificates import LOOPBACK_NAMES, make_certificates
 from shared.errors import PlanError, StorageError
 from shared.files import storage_errors, write_atomic, write_secret
-from shared.records import RecordStore
+from shared.records import RecordStore, stores_in
+from shared.suggest import suggestion
 
 SETTINGS = "server.toml"
 _PRIVATE_PORTS = range(20_000, 32_000)
@@ -41,6 +42,10 @@ max-share = {max-share}
 
 # Largest L2 norm of one site's change to the model; a reply beyond it is dropped. 0: what the plan implies.
 max-update-norm = {max-update-norm}
+
+# Share of positive cases that the model's threshold must find among the reference patients, at most 1.
+# 0: the threshold of the best balanced accuracy.
+sensitivity = {sensitivity}
 """
 
 
@@ -57,6 +62,7 @@ class ServerConfig:
         heldout: The reference patients' store; empty if there is none.
         max_share: Largest share of the average that one site's weight may have.
         max_update_norm: Largest L2 norm of one site's change to the model; 0 for what the plan implies.
+        sensitivity: Share of positive cases that the model's threshold must find; 0 for the best balanced accuracy.
     """
 
     names: tuple[str, ...]
@@ -67,6 +73,7 @@ class ServerConfig:
     heldout: str = ""
     max_share: float = 1.0
     max_update_norm: float = 0.0
+    sensitivity: float = 0.0
 
     def __post_init__(self) -> None:
         ports = (self.fleet_port, self.control_port, self.health_port)
@@ -77,6 +84,7 @@ class ServerConfig:
             "the three ports must differ": len(set(ports)) == len(ports),
             "max-share must lie in (0, 1]": 0.0 < self.max_share <= 1.0,
             "max-update-norm must be finite and not negative": 0.0 <= self.max_update_norm < math.inf,
+            "sensitivity must lie in [0, 1]": 0.0 <= self.sensitivity <= 1.0,
         }
         if broken := [rule for rule, holds in rules.items() if not holds]:  # NaN holds nowhere
             raise PlanError(f"{SETTINGS} is wrong: {'; '.join(broken)}.")
@@ -98,7 +106,8 @@ class ServerConfig:
             raise PlanError(f"{path} is not valid TOML: {error}.") from error
         known = {field.name.replace("_", "-"): field for field in fields(cls)}
         if unknown := sorted(set(raw) - set(known)):
-            raise PlanError(f"{path} has unknown keys: {', '.join(unknown)}. The keys are: {', '.join(known)}.")
+            meant = suggestion(unknown[0], known) or f" The keys are: {', '.join(known)}."
+            raise PlanError(f"{path} has unknown keys: {', '.join(unknown)}.{meant}")
         if missing := sorted(key for key, field in known.items() if field.default is MISSING and key not in raw):
             raise PlanError(f"{path} lacks {', '.join(missing)}. Write it as 'fedward-server init' does.")
         values = {known[key].name: _typed(key, value, known[key].type) for key, value in raw.items()}
@@ -122,8 +131,7 @@ def make_server(server: Path, names: Sequence[str], fleet_port: int, heldout: Pa
     """
     if (server / SETTINGS).exists():
         raise StorageError(f"{server} holds an aggregator already; its keys are never overwritten.")
-    if heldout is not None:
-        RecordStore.open(heldout)
+    heldout = None if heldout is None else find_heldout(heldout)
     control_port, health_port = free_ports(2, taken={fleet_port})
     config = ServerConfig(
         names=tuple(dict.fromkeys(names)),
@@ -145,6 +153,25 @@ def make_server(server: Path, names: Sequence[str], fleet_port: int, heldout: Pa
     write_secret(server / "executor.key", secrets.token_bytes(32))
     write_atomic(server / SETTINGS, config.to_toml().encode())  # last: with it the folder is an aggregator
     return config
+
+
+def find_heldout(heldout: Path) -> Path:
+    """Return ``heldout`` if it is a prepared store, or the folder of a site that has some: one of each kind.
+
+    The aggregator has no code that reads a hospital's files, so a raw export is prepared where such code is.
+
+    Raises:
+        StorageError: If there is no prepared store, with how to make one.
+    """
+    stores = [heldout] if (heldout / "store.json").exists() else list(stores_in(heldout).values())
+    if heldout.exists() and not stores:
+        raise StorageError(
+            f"{heldout} is not prepared, and the aggregator reads no hospital's files. Prepare it with "
+            f"'fedward-site init reference …' and 'fedward-site intake reference {heldout}', then give reference."
+        )
+    for store in stores or [heldout]:
+        RecordStore.open(store)
+    return heldout
 
 
 def free_ports(count: int, taken: set[int]) -> list[int]:

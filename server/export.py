@@ -6,6 +6,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from server.checkpoints import Checkpoint, latest_checkpoint, load_weights
+from server.findings import Findings, final_round
 from server.registry import RunRecord, finite
-from server.summary import final_round
+from server.warnings import warnings_of
 from shared.errors import FederationError, PlanError, StorageError
 from shared.files import storage_errors, sync_directory, write_atomic
 from shared.tasks.registry import find_task
@@ -157,6 +159,8 @@ def _card(record: RunRecord, checkpoint: Checkpoint, staging: Path, difference: 
             "onnx_sha256": hashlib.sha256((staging / "model.onnx").read_bytes()).hexdigest(),
             "onnx_differs_by": difference,
             "metrics": evaluation.metrics if evaluation else {},
+            "warnings": [warning.text for warning in warnings_of(Findings(record, checkpoint))],
+            **({"operating_point": asdict(checkpoint.operating_point)} if checkpoint.operating_point else {}),
         }
     )
     return card

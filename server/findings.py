@@ -2,18 +2,19 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from server.checkpoints import Checkpoint
-from server.registry import RunRecord, SiteRow
-from server.summary import final_evaluation
+from server.registry import RoundRow, RunRecord, SiteRow
 from shared.errors import PlanError
 from shared.metrics import Estimate
 from shared.tasks.base import Evaluation
 from shared.tasks.registry import find_task
 
+EXAMINATION = "examination"
+"""Name of the note that holds metrics of the final model which the server alone could not measure."""
 POOLED, LOCAL, SIZE_ONLY = "pooled", "local", "size_only"
 _BASELINE_LABELS = {
     POOLED: "All data pooled, no privacy",
@@ -43,11 +44,19 @@ _DRAWN_STEPS = 20
 
 @dataclass(frozen=True)
 class Baseline:
-    """Another model's metrics beside this run's; ``member`` of the group that the row above sums up."""
+    """Another model's metrics beside this run's.
+
+    Attributes:
+        label: What people call it.
+        metrics: By name.
+        member: Whether it is of the group that the row above sums up.
+        name: As it, or a member's group, was noted.
+    """
 
     label: str
     metrics: Mapping[str, Any]
     member: bool = False
+    name: str = ""
 
     def estimate(self, metric: str) -> Estimate | None:
         """Return one of its metrics, if known."""
@@ -99,11 +108,13 @@ class Findings:
         for name, metrics in noted.items() if isinstance(noted, Mapping) else ():
             if not isinstance(metrics, Mapping):
                 continue
-            found.append(Baseline(_BASELINE_LABELS.get(name, humanise(name)), metrics))
+            found.append(Baseline(_BASELINE_LABELS.get(name, humanise(name)), metrics, name=name))
             by_site = metrics.get("by_site")
             members = by_site.items() if isinstance(by_site, Mapping) else ()
             alone = " alone" if name == LOCAL else ""
-            found += [Baseline(f"{site}{alone}", part, True) for site, part in members if isinstance(part, Mapping)]
+            found += [
+                Baseline(f"{site}{alone}", part, True, name) for site, part in members if isinstance(part, Mapping)
+            ]
         return tuple(found)
 
     @cached_property
@@ -141,6 +152,24 @@ class Findings:
         return {tuple(sites): [self.record.plan.epsilon(count) for count in counts] for counts, sites in groups.items()}
 
 
+def final_round(record: RunRecord, checkpoint: Checkpoint | None) -> RoundRow | None:
+    """Return the round whose model the checkpoint holds.
+
+    A crash can leave one more round registered than saved; its metrics belong to no model that exists.
+    """
+    rows = [row for row in record.rounds if checkpoint is None or row.round <= checkpoint.round]
+    return rows[-1] if rows else None
+
+
+def final_evaluation(record: RunRecord, checkpoint: Checkpoint | None) -> Evaluation | None:
+    """Return the evaluation of the saved model, with what was found out about it after the run, if anything was."""
+    final = final_round(record, checkpoint)
+    found = record.notes.get(EXAMINATION)
+    if final is None or final.evaluation is None or not isinstance(found, Mapping):
+        return final.evaluation if final else None
+    return replace(final.evaluation, metrics={**final.evaluation.metrics, **found})
+
+
 def as_estimate(value: object) -> Estimate | None:
     """Return a metric in any of its forms as an estimate; ``None`` if there is no number in it."""
     if isinstance(value, Mapping):
@@ -155,6 +184,12 @@ def humanise(name: str) -> str:
     """Return an identifier as people write it."""
     first, *rest = name.replace("-", "_").split("_")
     return " ".join([_ACRONYMS.get(first, first.capitalize()), *rest])
+
+
+def in_sentence(label: str) -> str:
+    """Return a label as it stands within a sentence: small, unless it begins with an acronym."""
+    acronym = label[:2].isupper() and label[:2].isalpha()
+    return label if acronym else label[:1].lower() + label[1:]
 
 
 def _float(value: object) -> float:

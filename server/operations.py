@@ -12,10 +12,12 @@ from rich.table import Table
 
 from server.checkpoints import latest_checkpoint
 from server.config import ServerConfig
+from server.findings import Findings
 from server.registry import COMPLETED, FAILED, OK, RUNNING, RoundRow, RunRecord, finite
 from server.report import write_report
 from server.runs import FAILURE_NOTE, RunFolder, worker
 from server.summary import write_summary
+from server.warnings import warnings_of
 from shared.errors import FederationError, StorageError
 from shared.files import storage_errors
 from shared.tasks.registry import find_task
@@ -70,8 +72,18 @@ def follow(folder: RunFolder, console: Console) -> str | None:
                         shown = row.round
             if record.status != RUNNING and worker(folder.path) is None:
                 # Its ServerApp has left: what it had to say of a failure is written.
-                return explanation(_patiently(folder))
+                break
             time.sleep(_POLL_S)
+    why = explanation(_patiently(folder))
+    for sentence in warnings_about(folder) if why is None else ():
+        console.print(f"warning: {sentence}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    return why
+
+
+def warnings_about(folder: RunFolder) -> list[str]:
+    """Return what a reader must know of a run before its figures, the gravest first."""
+    record, checkpoint = _patiently(folder), latest_checkpoint(folder.path / "checkpoints")
+    return [warning.text for warning in warnings_of(Findings(record, checkpoint))]
 
 
 def explanation(record: RunRecord) -> str | None:

@@ -9,7 +9,7 @@ Every other field of :class:`shared.plan.RunPlan` may be added in kebab-case; ``
 
 import tomllib
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,9 @@ from shared.drafting import DELTA_SHARE, draft_plan
 from shared.errors import PlanError, StorageError
 from shared.files import storage_errors
 from shared.plan import RunPlan
-from shared.records import RecordStore
+from shared.plan_keys import check_keys
+from shared.records import RecordStore, find_store
 from shared.tasks.registry import find_task
-
-_DERIVED = {"noise_multiplier": "epsilon sets it", "init": "give the checkpoint with --init"}
 
 
 @dataclass(frozen=True)
@@ -58,13 +57,7 @@ def parse_plan_request(raw: dict[str, Any]) -> PlanRequest:
     Raises:
         PlanError: If a key is missing, unknown or of the wrong type.
     """
-    settable = {field.name for field in fields(RunPlan)} - set(_DERIVED)
-    known = {name.replace("_", "-") for name in settable} | {"epsilon"}
-    for name, why in _DERIVED.items():
-        if name.replace("_", "-") in raw:
-            raise PlanError(f"plan.toml must not set {name.replace('_', '-')}: {why}.")
-    if unknown := sorted(set(raw) - known):
-        raise PlanError(f"plan.toml has unknown keys: {', '.join(unknown)}. The keys are: {', '.join(sorted(known))}.")
+    check_keys(raw, "plan.toml")
     for key, kind in (("task", "a text"), ("epsilon", "a number")):
         if key not in raw:
             raise PlanError(f"plan.toml lacks {key}, {kind}.")
@@ -125,7 +118,8 @@ def open_heldout(config: ServerConfig, task: str) -> RecordStore | None:
     """
     if not config.heldout:
         return None
-    store, kind = RecordStore.open(Path(config.heldout)), find_task(task).store_kind
+    kind = find_task(task).store_kind
+    store = RecordStore.open(find_store(Path(config.heldout), kind))
     if store.kind != kind:
         raise StorageError(
             f"The held-out store {config.heldout} is of kind {store.kind}; the task {task} reads {kind}. "

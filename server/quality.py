@@ -18,6 +18,7 @@ from server.markup import (
 )
 from server.plots import calibration, convergence, figure, roc
 from shared.metrics import Estimate
+from shared.operating_point import BALANCED, OperatingPoint
 from shared.tasks.base import Evaluation
 from shared.tasks.ct_nodules import VENDORS
 
@@ -42,7 +43,7 @@ def quality(findings: Findings) -> Markup:
     if _drawable(details.get("calibration"), "predicted", "observed"):
         caption = "Where the line lies on the diagonal, a predicted 70% comes true in 70% of cases."
         figures.append(figure("Calibration", calibration(details["calibration"]), caption))
-    matrix = _confusion(details["confusion"]) if details.get("confusion") else Markup()
+    matrix = _confusion(details["confusion"], evaluation.operating_point) if details.get("confusion") else Markup()
     figures.append(tag("div", matrix, _metrics(evaluation)))
     return section(
         "How good the model is",
@@ -127,7 +128,7 @@ def _operating_point(confusion: Sequence[Sequence[int]] | None) -> tuple[float, 
     return false_alarms / (negatives + false_alarms), hits / (misses + hits)
 
 
-def _confusion(matrix: Sequence[Sequence[int]]) -> Markup:
+def _confusion(matrix: Sequence[Sequence[int]], point: OperatingPoint | None) -> Markup:
     names = ("negative", "positive") if len(matrix) == 2 else tuple(f"class {i}" for i in range(len(matrix)))
     rows = []
     for name, cases in zip(names, matrix, strict=True):
@@ -146,7 +147,20 @@ def _confusion(matrix: Sequence[Sequence[int]]) -> Markup:
         ]
         rows.append((f"Truly {name}", *cells))
     content = table(("", *(f"Called {name}" for name in names)), rows, caption="Cases, and the share of their row")
-    return tag("figure", tag("h3", "Confusion matrix"), content, class_="confusion")
+    return tag("figure", tag("h3", "Confusion matrix"), content, *_chosen(point), class_="confusion")
+
+
+def _chosen(point: OperatingPoint | None) -> list[Markup]:
+    """Return where the model decides, and on whom it was judged."""
+    if point is None:
+        return []
+    rule = "the best balanced accuracy" if point.rule == BALANCED else point.rule
+    caption = (
+        f"The model calls positive from a probability of {number(point.threshold)} on, after temperature "
+        f"{number(point.temperature)}. The held-out patients chose both, for {rule}. Each case above was decided by a "
+        "threshold and a temperature that the other patients chose."
+    )
+    return [tag("figcaption", caption)]
 
 
 def _groups(findings: Findings) -> Markup:

@@ -11,6 +11,7 @@ from typing import Any
 
 from shared.errors import ErrorCode, PlanError, StorageError
 from shared.metrics import Estimate
+from shared.operating_point import OperatingPoint
 from shared.plan import RunPlan
 from shared.tasks.base import Evaluation
 
@@ -238,7 +239,13 @@ def finite(value: Any) -> Any:
 def _dump(evaluation: Evaluation | None) -> str | None:
     if evaluation is None:
         return None
-    parts = {"metrics": evaluation.metrics, "by_group": evaluation.by_group, "details": evaluation.details}
+    parts: dict[str, Any] = {
+        "metrics": evaluation.metrics,
+        "by_group": evaluation.by_group,
+        "details": evaluation.details,
+    }
+    if evaluation.operating_point is not None:
+        parts["operating_point"] = asdict(evaluation.operating_point)
     return json.dumps(finite(parts), allow_nan=False)
 
 
@@ -251,7 +258,7 @@ def _parse(text: str | None) -> Evaluation | None:
         group: {name: math.nan if value is None else value for name, value in values.items()}
         for group, values in parts["by_group"].items()
     }
-    return Evaluation(metrics, groups, parts["details"])
+    return Evaluation(metrics, groups, parts["details"], OperatingPoint.parse(parts.get("operating_point")))
 
 
 def _metric(value: Any) -> float | Estimate:

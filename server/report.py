@@ -6,14 +6,14 @@ happened on the way, and what exactly was run. The page needs no network and no 
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from string import Template
 
 from server.checkpoints import Checkpoint
 from server.conduct import course, privacy
-from server.findings import Findings, humanise
+from server.findings import Findings, humanise, in_sentence
 from server.markup import (
     Markup,
     box,
@@ -31,6 +31,7 @@ from server.quality import comparison, quality
 from server.registry import COMPLETED, FAILED, RunRecord
 from server.samples import remarks, samples
 from server.summary import start, timings
+from server.warnings import Caution, warnings_of
 from shared.files import write_atomic
 
 _TEMPLATE = Path(__file__).with_name("report.html")
@@ -68,7 +69,7 @@ def render(record: RunRecord, checkpoint: Checkpoint | None) -> str:
 
 
 def _head(findings: Findings) -> list[Markup]:
-    record = findings.record
+    record, warnings = findings.record, warnings_of(findings)
     status = _STATUS.get(record.status, "Unfinished")
     return [
         paragraph(
@@ -76,18 +77,31 @@ def _head(findings: Findings) -> list[Markup]:
             tag("span", status, class_=f"badge {record.status}"),
             class_="eyebrow",
         ),
-        tag("h1", _headline(findings)),
+        tag("h1", _headline(findings, warnings)),
+        _opening(warnings),
         paragraph(_verdict(findings), class_="lead"),
         paragraph(_meaning(findings), class_="lead"),
     ]
 
 
-def _headline(findings: Findings) -> str:
+def _headline(findings: Findings, warnings: Sequence[Caution]) -> str:
+    """Return the result in a line; what makes the model of no proven use stands there in place of its metric."""
     task, rounds = humanise(findings.record.plan.task), _plural(findings.record.rounds_completed, "round")
     if findings.evaluation is None:
         return f"{task}: nothing was validated after {rounds}"
+    if warnings and warnings[0].grave:
+        return f"{task}: {in_sentence(warnings[0].title)}, after {rounds}"
     value = number(findings.ours.value if findings.ours else None)
     return f"{task}: {humanise(findings.metric)} {value} on held-out patients after {rounds}"
+
+
+def _opening(warnings: Sequence[Caution]) -> Markup:
+    """Return the warnings, which come before everything that could be taken for praise."""
+    if not warnings:
+        return Markup()
+    title = "One warning" if len(warnings) == 1 else f"{len(warnings)} warnings"
+    lines = [tag("li", tag("strong", f"{warning.title}. "), warning.details) for warning in warnings]
+    return tag("aside", tag("strong", title), tag("ul", *lines), class_="box warning")
 
 
 def _verdict(findings: Findings) -> str:
@@ -127,25 +141,12 @@ def _meaning(findings: Findings) -> str:
 
 def _remarks(findings: Findings) -> list[Markup]:
     record, found = findings.record, []
-    if record.status == FAILED:
-        what = [
-            f"after {_plural(record.rounds_completed, 'round')} with the code ",
-            tag("code", str(record.failure)),
-        ]
-        found.append(box("The run failed", *what, ". What follows describes the last saved model.", kind="warning"))
-    elif record.status != COMPLETED:
-        found.append(box("The run has not ended", "It can be resumed; these are the figures so far.", kind="warning"))
     if record.notes.get("simulated_noise"):
         sentence = (
             "The noise of this run comes from a seed, so that the run can be repeated; whoever knows the seed can "
             "subtract it. The figures say what the same plan costs in a deployment. Real patients are not protected."
         )
         found.append(box("A simulation protects nobody", sentence))
-    if not findings.guaranteed:
-        sentence = "The models that hospitals sent may reveal their patients. Use them as you would the records."
-        found.append(box("No privacy guarantee", sentence, kind="warning"))
-    if findings.evaluation is None:
-        found.append(box("Nothing was validated", "No held-out set judged this model.", kind="warning"))
     found += remarks(findings)
     if data := record.notes.get("data"):
         found.append(box("What the data are", _prose(data)))
@@ -221,11 +222,6 @@ def _factor(epsilon: float) -> str:
 
 def _peak(mebibytes: float | None) -> str:
     return f"peak memory {mebibytes:,.0f} MiB" if mebibytes else "in all"
-
-
-def in_sentence(label: str) -> str:
-    """Return a label as it stands within a sentence: small, unless it begins with an acronym."""
-    return label if label[:2].isupper() else label[:1].lower() + label[1:]
 
 
 def _plural(number: int, noun: str) -> str:

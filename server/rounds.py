@@ -38,6 +38,7 @@ from server.replies import FAULTY, check_reply
 from server.strategies import Replies, collect, make_strategy, moments, restore_moments
 from shared.errors import ErrorCode, FederationError, PlanError, ProtocolError, StorageError
 from shared.messages import TrainRequest
+from shared.operating_point import check_sensitivity
 from shared.plan import RunPlan
 from shared.records import RecordStore
 from shared.tasks.base import Evaluation, Task
@@ -63,6 +64,8 @@ class Job:
         max_share: No site's share of an average passes it, or an equal share if that is more; in (0, 1].
         max_update_norm: Cap on the L2 norm of a site's update; ``None`` takes what the plan implies.
         timing: How patient the server is; by default as suits a federation, or a simulation.
+        sensitivity: The share of positives that the model's threshold must find; by default balanced accuracy chooses.
+            A task without decisions has no threshold and takes no notice.
 
     Raises:
         PlanError: If a limit is impossible.
@@ -77,8 +80,10 @@ class Job:
     max_share: float = 1.0
     max_update_norm: float | None = None
     timing: Timing | None = None
+    sensitivity: float | None = None
 
     def __post_init__(self) -> None:
+        check_sensitivity(self.sensitivity)
         if not 0.0 < self.max_share <= 1.0:
             raise PlanError(f"max-share must lie in (0, 1], not {self.max_share:g}.")
         if self.max_update_norm is not None and not self.max_update_norm > 0.0:
@@ -283,6 +288,7 @@ def _record(run: _Run, progress: Progress, row: RoundRow) -> None:
         strategy_state=moments(run.strategy),
         epsilon=epsilon if math.isfinite(epsilon) else None,
         delta=run.job.plan.delta,
+        operating_point=row.evaluation.operating_point if row.evaluation else None,
     )
 
 
@@ -290,4 +296,4 @@ def _judge(task: Task, model: nn.Module, job: Job) -> Evaluation | None:
     if job.heldout is None:
         return None
     model.eval()
-    return task.evaluate(model, job.heldout)
+    return task.judge(model, job.heldout, job.sensitivity)

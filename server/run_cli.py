@@ -34,6 +34,10 @@ def run(
     plan: Annotated[Path, typer.Argument(metavar="PLAN.TOML", help="At least task, rounds and epsilon.")],
     name: Annotated[str | None, typer.Option(help="The run's name. Default: run-1, run-2 …")] = None,
     init_: Annotated[Path | None, typer.Option("--init", help="Start from a public checkpoint.")] = None,
+    sensitivity: Annotated[
+        float | None,
+        typer.Option(help="Share of positives that the threshold must find. Default: that of server.toml."),
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the run; exit 0 only if it completes.")] = False,
 ) -> None:
     """Submit a run and print its name."""
@@ -43,15 +47,17 @@ def run(
     from server.planning import agree_plan, open_heldout, read_plan_request
     from server.runs import submit
     from server.supervisor import service_pid
+    from shared.tasks.registry import find_task
 
     config = ServerConfig.read(server)
     request = read_plan_request(plan)
+    find_task(request.task).check_sensitivity(sensitivity)
     agreed = agree_plan(request, require_members(server), init_)
     if open_heldout(config, agreed.task) is None:
         warn("There are no held-out patients (heldout in server.toml): nothing will be validated.")
     if not agreed.private:
         warn("epsilon is inf: this run promises no privacy, and no hospital takes part whose site.toml demands noise.")
-    folder = submit(server, agreed, name, init_)
+    folder = submit(server, agreed, name, init_, sensitivity=sensitivity)
     CONSOLE.print(folder.name, highlight=False, markup=False)
     if service_pid(server) is None:
         warn(f"The service is not running; the run begins when it is: fedward-server start {server}")
@@ -129,10 +135,13 @@ def report(
     server: Server, run_name: Run, out: Annotated[Path, typer.Option(help="Folder for report.html and summary.json.")]
 ) -> None:
     """Write report.html and summary.json of a run, finished or not."""
-    from server.operations import write_results
+    from server.operations import warnings_about, write_results
     from server.runs import find_run
 
-    write_results(find_run(server, run_name), out)
+    folder = find_run(server, run_name)
+    write_results(folder, out)
+    for sentence in warnings_about(folder):
+        warn(f"warning: {sentence}")
     say(f"report: {out / 'report.html'}")
 
 

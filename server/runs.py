@@ -2,6 +2,7 @@
 
     plan.json         the agreed plan
     start.safetensors the public checkpoint to start from, if the plan names one
+    sensitivity       the share of positives that the threshold must find, if this run has its own
     wanted            'running' or 'stopped'
     registry.sqlite   what came of it; a folder without it is no run
     checkpoints/      the model
@@ -56,6 +57,21 @@ class RunFolder:
                 f"The plan of {self.name} is damaged or of another version. Restore {self.path} from the back-up, or "
                 "go on with the version that made it."
             ) from error
+
+    @property
+    def sensitivity(self) -> float | None:
+        """The run's own share of positives that its threshold must find; ``None`` to go by ``server.toml``.
+
+        Raises:
+            StorageError: If the file is damaged.
+        """
+        path = self.path / "sensitivity"
+        if not path.exists():
+            return None
+        try:
+            return float(path.read_text())
+        except (OSError, ValueError) as error:
+            raise StorageError(f"{path} is damaged; write one number there, or remove it.") from error
 
     @property
     def exists(self) -> bool:
@@ -133,7 +149,9 @@ class RunFolder:
             yield
 
 
-def submit(server: Path, plan: RunPlan, name: str | None, start: Path | None) -> RunFolder:
+def submit(
+    server: Path, plan: RunPlan, name: str | None, start: Path | None, *, sensitivity: float | None = None
+) -> RunFolder:
     """Make a new run's folder; the service takes it up when it sees it.
 
     Args:
@@ -141,6 +159,8 @@ def submit(server: Path, plan: RunPlan, name: str | None, start: Path | None) ->
         plan: The agreed plan.
         name: The run's name; by default the next of run-1, run-2 …
         start: The public checkpoint that the plan names, copied so that it cannot vanish.
+        sensitivity: The run's own, in place of that of ``server.toml``. It is no part of the plan: the threshold is
+            chosen after training, on reference patients, and no hospital need agree to it.
 
     Raises:
         StorageError: If the name is taken or impossible, or the folder cannot be written.
@@ -149,6 +169,8 @@ def submit(server: Path, plan: RunPlan, name: str | None, start: Path | None) ->
         raise StorageError(f"{name!r} cannot name a run: letters, digits, '.', '_' and '-', at most 64.")
     folder = _claim(server, name)
     write_atomic(folder.path / "plan.json", plan.to_json().encode())
+    if sensitivity is not None:
+        write_atomic(folder.path / "sensitivity", f"{sensitivity!r}\n".encode())
     folder.want(RUNNING)
     with storage_errors(folder.path):
         if start is not None:

@@ -2,18 +2,16 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from server.checkpoints import Checkpoint
-from server.registry import RoundRow, RunRecord, SiteRow, finite
+from server.findings import Findings
+from server.registry import RunRecord, SiteRow, finite
+from server.warnings import warnings_of
 from shared.files import write_atomic
 from shared.plan import RANDOM_START
 from shared.tasks.base import Evaluation
-
-EXAMINATION = "examination"
-"""Name of the note that holds metrics of the final model which the server alone could not measure."""
 
 
 def summarise(record: RunRecord, checkpoint: Checkpoint | None) -> dict[str, Any]:
@@ -25,10 +23,12 @@ def summarise(record: RunRecord, checkpoint: Checkpoint | None) -> dict[str, Any
         record: The run as registered.
         checkpoint: The latest saved model, if there is one.
     """
-    evaluation = final_evaluation(record, checkpoint)
+    findings = Findings(record, checkpoint)
+    evaluation = findings.evaluation
     details = evaluation.details if evaluation else {}
     by_site = details.get("by_site") or {}
     summary = {
+        "warnings": [{"code": warning.code, "text": warning.text} for warning in warnings_of(findings)],
         "task": record.plan.task,
         "run": record.run,
         "status": record.status,
@@ -37,7 +37,7 @@ def summarise(record: RunRecord, checkpoint: Checkpoint | None) -> dict[str, Any
         "plan_digest": record.plan.digest,
         "sites": [_site(record, row) for row in record.sites],
         # Where a task tells hospitals apart, its metrics have the form of the baselines'.
-        "metrics": {**(evaluation.metrics if evaluation else {}), **({"by_site": by_site} if by_site else {})},
+        "metrics": {**_metrics(evaluation), **({"by_site": by_site} if by_site else {})},
         "by_site": by_site,
         "worst_site": details.get("worst_site"),
         "rmse_30_of_patients": details.get("rmse_30_of_patients"),
@@ -64,24 +64,6 @@ def write_summary(path: Path, record: RunRecord, checkpoint: Checkpoint | None) 
     write_atomic(path, f"{text}\n".encode())
 
 
-def final_round(record: RunRecord, checkpoint: Checkpoint | None) -> RoundRow | None:
-    """Return the round whose model the checkpoint holds.
-
-    A crash can leave one more round registered than saved; its metrics belong to no model that exists.
-    """
-    rows = [row for row in record.rounds if checkpoint is None or row.round <= checkpoint.round]
-    return rows[-1] if rows else None
-
-
-def final_evaluation(record: RunRecord, checkpoint: Checkpoint | None) -> Evaluation | None:
-    """Return the evaluation of the saved model, with what was found out about it after the run, if anything was."""
-    final = final_round(record, checkpoint)
-    found = record.notes.get(EXAMINATION)
-    if final is None or final.evaluation is None or not isinstance(found, Mapping):
-        return final.evaluation if final else None
-    return replace(final.evaluation, metrics={**final.evaluation.metrics, **found})
-
-
 def start(record: RunRecord) -> str:
     """Return in words what the run started from."""
     fallback = "random weights" if record.plan.init == RANDOM_START else f"public checkpoint {record.plan.init}"
@@ -97,6 +79,15 @@ def timings(record: RunRecord) -> dict[str, Any]:
         "setup_s": measured.get("setup_s", sum(row.seconds for row in record.rounds if row.round < 1)),
         "round_s": [row.seconds for row in record.rounds if row.round >= 1],
     }
+
+
+def _metrics(evaluation: Evaluation | None) -> dict[str, Any]:
+    """Return the metrics, and where the model decides, the threshold and temperature that the checkpoint has too."""
+    if evaluation is None:
+        return {}
+    point = evaluation.operating_point
+    chosen = {} if point is None else {"threshold": point.threshold, "temperature": point.temperature}
+    return {**evaluation.metrics, **chosen}
 
 
 def _site(record: RunRecord, row: SiteRow) -> dict[str, Any]:

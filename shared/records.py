@@ -147,6 +147,20 @@ def open_store(folder: Path, kind: str) -> RecordStore:
     return store
 
 
+def find_store(folder: Path, kind: str) -> Path:
+    """Return a prepared store: the folder itself, or a site's store of ``kind``, or of the only kind it has.
+
+    Raises:
+        StorageError: If there are only others.
+    """
+    if (folder / "store.json").exists():
+        return folder
+    found = stores_in(folder)
+    if kind not in found and len(found) != 1:
+        raise StorageError(f"{folder} holds no prepared store of kind {kind}. Run intake first.")
+    return found.get(kind) or next(iter(found.values()))
+
+
 def _kind_of(path: Path) -> str:
     try:
         return str(json.loads((path / "store.json").read_bytes())["kind"])

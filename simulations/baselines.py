@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Generator, nn
 from torch.optim import Adam
@@ -18,12 +17,10 @@ from shared.dp.step import OrdinaryStep
 from shared.metrics import Estimate
 from shared.records import RecordStore
 from shared.tasks.base import Evaluation, Task
-from shared.tasks.nodule_classification import judge_nodules
 from shared.tasks.registry import find_task
 from simulations.sites import merge_stores
+from simulations.sources import Simple
 
-Simple = Callable[[Mapping[str, RecordStore], RecordStore], dict[str, Any]]
-"""Judges a task's simple methods, from each hospital's training store and the held-out store."""
 PASSES, LEAST_STEPS = 25, 100
 """A baseline trains for so many passes over its patients, and at least so many steps."""
 _PATIENTS_A_STEP = 48
@@ -39,6 +36,7 @@ def judge_baselines(
     simple: Simple | None,
     train: bool,
     seed: int,
+    sensitivity: float | None = None,
     pool: Executor | None,
     report: Callable[[int, int], None],
 ) -> dict[str, Any]:
@@ -51,6 +49,7 @@ def judge_baselines(
         simple: Judges the task's simple methods, if it has any.
         train: Whether to train pooled and local-only models.
         seed: Of these.
+        sensitivity: The share of positives that their thresholds must find; by default balanced accuracy chooses.
         pool: Worker processes, if there are any.
         report: Told how many of how many are done.
     """
@@ -58,7 +57,7 @@ def judge_baselines(
     with ExitStack() as stack:
         executor = pool or stack.enter_context(ThreadPoolExecutor(1))
         futures: dict[str, Future[Evaluation]] = {
-            name: executor.submit(train_alone, task, paths, heldout, seed) for name, paths in jobs.items()
+            name: executor.submit(train_alone, task, paths, heldout, seed, sensitivity) for name, paths in jobs.items()
         }
         judged = executor.submit(_judge_simple, simple, stores, heldout) if simple else None
         everything: list[Future[Any]] = [*futures.values(), *([judged] if judged else [])]
@@ -69,7 +68,7 @@ def judge_baselines(
     if futures:
         results = {name: future.result() for name, future in futures.items()}
         pooled = results.pop("pooled")
-        found |= describe(pooled, results, size_only(RecordStore.open(heldout)), find_task(task).metric)
+        found |= describe(pooled, results, find_task(task).metric)
     return found
 
 
@@ -77,7 +76,9 @@ def _judge_simple(simple: Simple, stores: Mapping[str, Path], heldout: Path) -> 
     return simple({name: RecordStore.open(path) for name, path in stores.items()}, RecordStore.open(heldout))
 
 
-def train_alone(task_name: str, stores: Sequence[Path], heldout: Path, seed: int) -> Evaluation:
+def train_alone(
+    task_name: str, stores: Sequence[Path], heldout: Path, seed: int, sensitivity: float | None = None
+) -> Evaluation:
     """Train on the patients of ``stores`` together, without privacy, and judge on ``heldout``."""
     torch.set_num_threads(1)
     task = find_task(task_name)
@@ -86,7 +87,7 @@ def train_alone(task_name: str, stores: Sequence[Path], heldout: Path, seed: int
         model = task.build().to(preferred_device())
     _fit(task, model, merge_stores([RecordStore.open(path) for path in stores]), seed)
     model.eval()
-    return task.evaluate(model, RecordStore.open(heldout))
+    return task.judge(model, RecordStore.open(heldout), sensitivity)
 
 
 def _fit(task: Task, model: nn.Module, store: RecordStore, seed: int) -> None:
@@ -103,16 +104,9 @@ def _fit(task: Task, model: nn.Module, store: RecordStore, seed: int) -> None:
         decay.step()
 
 
-def size_only(heldout: RecordStore) -> Evaluation | None:
-    """Judge the annotated diameter as if it were a model's score; ``None`` where data has no diameter."""
-    if "diameter_mm" not in heldout.arrays:
-        return None
-    return judge_nodules(heldout, np.asarray(heldout.arrays["diameter_mm"], np.float64))
-
-
-def describe(pooled: Evaluation, local: dict[str, Evaluation], size: Evaluation | None, metric: str) -> dict[str, Any]:
-    """Return the baselines as the registry keeps them."""
-    baselines: dict[str, Any] = {
+def describe(pooled: Evaluation, local: dict[str, Evaluation], metric: str) -> dict[str, Any]:
+    """Return the trained baselines as the registry keeps them."""
+    return {
         "pooled": dict(pooled.metrics),
         "local": {
             **{name: fmean(evaluation.value(name) for evaluation in local.values()) for name in pooled.metrics},
@@ -120,9 +114,6 @@ def describe(pooled: Evaluation, local: dict[str, Evaluation], size: Evaluation 
             "by_site": {site: dict(evaluation.metrics) for site, evaluation in local.items()},
         },
     }
-    if size is not None:
-        baselines["size_only"] = {metric: size.metrics[metric]}
-    return baselines
 
 
 def mean_estimate(estimates: Sequence[float | Estimate]) -> Estimate:

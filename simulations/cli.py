@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +24,8 @@ Examples:
   fedward-sim run --task nodule-classification --epsilon 4 --seed 7 --baselines --out runs/eps4
 
   fedward-sim run --task nodule-classification --data hospital-a --data hospital-b --out runs/mine
+
+  fedward-sim run --set strategy=median --set byzantine-sites=1 --set deadline-s=60 --out runs/median
 
   fedward-sim run --augment-with runs/gan/server/checkpoints/round-00040.safetensors --out runs/augmented
 
@@ -59,6 +61,7 @@ def _root() -> None:
 
 @app.command(epilog=_EXAMPLES)
 def run(
+    context: typer.Context,
     task: Annotated[str, typer.Option(help="What to train.")] = "nodule-classification",
     sites: Annotated[int, typer.Option(min=1, help="How many hospitals to generate.")] = 4,
     rounds: Annotated[int | None, typer.Option(min=1, help="Aggregations. Default: the task's.")] = None,
@@ -69,12 +72,19 @@ def run(
     out: Annotated[Path | None, typer.Option(help="New folder for everything the run writes.")] = None,
     data: Annotated[list[Path] | None, typer.Option(help="A raw or prepared hospital; repeat for each.")] = None,
     heldout: Annotated[
-        Path | None, typer.Option(help="Prepared held-out patients. Default: a fifth of each hospital's.")
+        Path | None,
+        typer.Option(help="Held-out patients, raw or prepared as with --data. Default: a fifth of each hospital's."),
+    ] = None,
+    sensitivity: Annotated[
+        float | None,
+        typer.Option(help="Choose the threshold that finds this share of positives. Default: balanced accuracy."),
     ] = None,
     partition: Annotated[str, typer.Option(help="'vendors' or 'dirichlet'.")] = "vendors",
     alpha: Annotated[float, typer.Option(help="Dirichlet concentration: smaller is more skewed.")] = 1.0,
     patients_per_site: Annotated[int | None, typer.Option(min=1, max=10_000, help="Generate this many each.")] = None,
-    baselines: Annotated[bool, typer.Option("--baselines", help="Also train pooled and local-only models.")] = False,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Also judge simple methods, pooled and local-only models.")
+    ] = False,
     backend: Annotated[str, typer.Option(help="'local' (worker processes) or 'ray'.")] = "local",
     ray_address: Annotated[str | None, typer.Option(help="A Ray cluster that is already there.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Worker processes. Default: the cores.")] = None,
@@ -96,9 +106,14 @@ def run(
     momentum: Annotated[float | None, typer.Option(help="Of sgd.")] = None,
     strategy: Annotated[str | None, typer.Option(help="fedavg, fedprox, fedadam, fedyogi, median, krum …")] = None,
     engine: Annotated[str | None, typer.Option(help="Who clips: 'bookkeeping' or 'opacus' (slow).")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any field of the plan, as in a plan.toml; repeat for each."),
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
 ) -> None:
     """Run a federation to its end and write summary.json and report.html."""
+    assigned = _assigned(context, settings or ())  # before torch is imported: a mistyped key is said at once
     from simulations.display import Display
     from simulations.run import Simulation, start
     from simulations.run import resume as go_on
@@ -125,12 +140,13 @@ def run(
         "engine": engine,
     }
     simulation = Simulation(
-        task=task,
+        task=assigned.pop("task", task),
         sites=len(data) if data else sites,
-        epsilon=epsilon,
-        delta=delta,
+        epsilon=assigned.pop("epsilon", epsilon),
+        delta=assigned.pop("delta", delta),
         max_epsilon=max_epsilon,
-        seed=seed,
+        seed=assigned.pop("seed", seed),
+        sensitivity=sensitivity,
         data=tuple(str(folder.resolve()) for folder in data or ()),
         heldout=str(heldout.resolve()) if heldout else None,
         partition=partition,
@@ -142,7 +158,7 @@ def run(
         workers=_workers(workers),
         init=_start(init),
         augment_with=str(augment_with.resolve()) if augment_with else None,
-        plan={name: value for name, value in fields.items() if value is not None},
+        plan={**{name: value for name, value in fields.items() if value is not None}, **assigned},
     )
     with _resumable(out):
         _show(start(simulation, out, display), out)
@@ -263,6 +279,21 @@ def _resumable(out: Path) -> Iterator[None]:
         os._exit(130)
 
 
+def _assigned(context: typer.Context, settings: Sequence[str]) -> dict[str, Any]:
+    """Return what --set sets; what an option of its own sets as well is refused."""
+    from click.core import ParameterSource
+
+    from shared.errors import PlanError
+    from shared.plan_keys import read_assignments
+
+    assigned = read_assignments(settings)
+    for name in assigned:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            key = name.replace("_", "-")
+            raise PlanError(f"--{key} and --set {key} both set {key}. Give one of them.")
+    return assigned
+
+
 def _start(checkpoint: Path | None) -> str | None:
     from shared.plan import RANDOM_START
 
@@ -272,13 +303,10 @@ def _start(checkpoint: Path | None) -> str | None:
 
 
 def _show(summary: dict[str, Any], out: Path) -> None:
-    spent = [site["epsilon"] for site in summary["sites"] if site["refused"] is None]
-    privacy = "no privacy" if None in spent else f"epsilon {max(spent, default=0.0):.2f}"
-    metrics = summary["metrics"]
-    name, value = next(iter(metrics.items()), ("metric", None))
-    number = value["value"] if isinstance(value, dict) else value
-    shown = "undefined (too few held-out patients of one kind)" if number is None else f"{number:.3f}"
-    _CONSOLE.print(f"{summary['rounds_completed']} rounds, held-out {name} {shown}, {privacy}", highlight=False)
+    from simulations.display import outcome
+
+    for line, style in outcome(summary):
+        _CONSOLE.print(line, style=style, highlight=False, soft_wrap=True, markup=False)
     _CONSOLE.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True, markup=False)
 
 

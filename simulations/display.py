@@ -1,8 +1,9 @@
 """What a person sees while a simulation runs: phases with bars, then a table that grows by round."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -54,6 +55,31 @@ class Display:
         with Live(get_renderable=view, console=self._console, refresh_per_second=4) as live:
             yield
             live.refresh()
+
+
+def outcome(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the lines that end a run, each with its style: the warnings first, then what came of it.
+
+    Args:
+        summary: See :func:`server.summary.summarise`.
+    """
+    for warning in summary["warnings"]:
+        yield f"warning: {warning['text']}", "yellow"
+    metrics, rounds, name = summary["metrics"], summary["rounds_completed"], find_task(summary["task"]).metric
+    parts = [f"{rounds} round{'' if rounds == 1 else 's'}", f"held-out {name} {_metric(metrics.get(name))}"]
+    if (threshold := metrics.get("threshold")) is not None:
+        decided = f"recall {metrics['recall']:.3f}, specificity {metrics['specificity']:.3f}"
+        parts.append(f"{decided} at a probability of {threshold:.3f}")
+    spent = [site["epsilon"] for site in summary["sites"] if site["refused"] is None]
+    parts.append("no privacy" if None in spent else f"epsilon {max(spent, default=0.0):.2f}")
+    yield ", ".join(parts), ""
+
+
+def _metric(value: Any) -> str:
+    number, low = (value["value"], value["low"]) if isinstance(value, Mapping) else (value, None)
+    if number is None:
+        return "undefined (too few held-out patients of one kind)"
+    return f"{number:.3f}" if low is None else f"{number:.3f} (95% interval {low:.3f} to {value['high']:.3f})"
 
 
 class _RoundsView:

@@ -34,6 +34,17 @@ Method = Callable[[Matrix], Matrix]
 """Forecasts paths ``(W, HORIZON)`` from histories ``(W, H)`` without gaps."""
 
 
+def simple_forecasts(training: Mapping[str, RecordStore], judged: RecordStore) -> dict[str, Any]:
+    """Return the baselines that fit nothing: no change, and a straight line; see :func:`forecast_baselines`."""
+    samples, windows = _samples(training, judged)
+    everybody = _everybody(samples)
+    methods: dict[str, Callable[[str], Method]] = {
+        "last_value": lambda _: last_value,
+        "linear_extrapolation": lambda _: straight_line,
+    }
+    return {name: describe(_judged(choose, samples, everybody, windows)) for name, choose in methods.items()}
+
+
 def forecast_baselines(training: Mapping[str, RecordStore], judged: RecordStore) -> dict[str, Any]:
     """Return the baselines as the registry keeps them: metrics, and under ``by_site`` each hospital's.
 
@@ -44,20 +55,27 @@ def forecast_baselines(training: Mapping[str, RecordStore], judged: RecordStore)
     Raises:
         IntakeError: If the judged store does not say which hospital a record comes from.
     """
-    windows = usable_windows(judged)
-    if set(windows.sites) != set(training):
-        raise IntakeError("The judged readings are not of the hospitals that train; give no --heldout for this task.")
-    samples = {name: training_windows(store, LAGS) for name, store in training.items()}
-    everybody = np.concatenate([sample for sample in samples.values() if len(sample)])
+    samples, windows = _samples(training, judged)
+    everybody = _everybody(samples)
     pooled = autoregression(everybody)
     methods: dict[str, Callable[[str], Method]] = {
-        "last_value": lambda _: last_value,
-        "linear_extrapolation": lambda _: straight_line,
         "linear_ar": lambda name: autoregression(samples[name] if len(samples[name]) else everybody),
         "linear_ar_pooled": lambda _: pooled,
     }
     results = {name: describe(_judged(choose, samples, everybody, windows)) for name, choose in methods.items()}
-    return {**results, "arima": describe(judge_arima(windows, ARIMA_WINDOWS))}
+    return {**simple_forecasts(training, judged), **results, "arima": describe(judge_arima(windows, ARIMA_WINDOWS))}
+
+
+def _samples(training: Mapping[str, RecordStore], judged: RecordStore) -> tuple[dict[str, Matrix], Windows]:
+    """Return each hospital's training windows, and the windows to judge on."""
+    windows = usable_windows(judged)
+    if set(windows.sites) != set(training):
+        raise IntakeError("The judged readings are not of the hospitals that train; give no --heldout for this task.")
+    return {name: training_windows(store, LAGS) for name, store in training.items()}, windows
+
+
+def _everybody(samples: Mapping[str, Matrix]) -> Matrix:
+    return np.concatenate([sample for sample in samples.values() if len(sample)])
 
 
 def training_windows(store: RecordStore, history: int) -> Matrix:

@@ -27,9 +27,10 @@ from flwr.app import Context, RecordDict, UserConfig
 
 from client.site import Site
 from server.checkpoints import checkpoint_sha256, latest_checkpoint
+from server.findings import EXAMINATION
 from server.registry import Registry, finite
 from server.report import write_report
-from server.summary import EXAMINATION, summarise, write_summary
+from server.summary import summarise, write_summary
 from shared.drafting import draft_plan
 from shared.errors import ErrorCode, FederationError, PlanError, StorageError
 from shared.files import storage_errors, write_atomic
@@ -41,7 +42,7 @@ from simulations.baselines import judge_baselines
 from simulations.display import Display
 from simulations.grid import LocalGrid, worker_pool
 from simulations.sites import Federation, merge_stores, prepare_federation, write_policies
-from simulations.sources import find_source
+from simulations.sources import Simple, find_source
 
 RUN = "simulation"
 BACKENDS = ("local", "ray")
@@ -63,6 +64,7 @@ class Simulation:
     partition: str = "vendors"
     alpha: float = 1.0
     patients_per_site: int | None = None
+    sensitivity: float | None = None
     baselines: bool = False
     backend: str = "local"
     ray_address: str | None = None
@@ -83,6 +85,7 @@ class Simulation:
             raise PlanError(f"--max-epsilon must be positive, not {self.max_epsilon}.")
         if self.baselines and find_task(self.task).post_process:
             raise PlanError(f"--baselines cannot train the task {self.task} alone; its summary has real_auroc instead.")
+        find_task(self.task).check_sensitivity(self.sensitivity)
         if self.augment_with and not find_task(self.task).augmented_by:
             raise PlanError(f"The task {self.task} cannot be augmented with synthetic patients.")
         if self.backend not in BACKENDS:
@@ -157,10 +160,10 @@ def resume(simulation: Simulation, out: Path, display: Display) -> dict[str, Any
         try:
             with display.watch(registry, RUN, plan), _explained(federation, plan):
                 _run_server(simulation, federation, plan, out, LocalGrid(federation.sites, simulation.seed, pool))
-            if "baselines" not in registry.read(RUN).notes:
+            if "baselines" not in registry.read(RUN).notes and (simulation.baselines or _simple(simulation)):
                 with display.phase("Baselines") as report:
                     registry.add_note(RUN, "baselines", _baselines(simulation, federation, pool, report))
-            if EXAMINATION not in registry.read(RUN).notes:
+            if EXAMINATION not in registry.read(RUN).notes and find_source(simulation.task).examine:
                 with display.phase("Examination"):
                     _examine(simulation, federation, registry, out)
         finally:
@@ -272,6 +275,7 @@ def _run_server(simulation: Simulation, federation: Federation, plan: RunPlan, o
         "folder": str(_folder(out)),
         "heldout": str(federation.heldout),
         **({"start": simulation.start} if simulation.start else {}),
+        **({} if simulation.sensitivity is None else {"sensitivity": repr(simulation.sensitivity)}),
     }
     if simulation.backend == "ray":
         from simulations.ray_backend import run_on_ray  # noqa: PLC0415 - Ray takes seconds to import
@@ -294,18 +298,27 @@ def _run_server(simulation: Simulation, federation: Federation, plan: RunPlan, o
         torch.set_num_threads(threads)
 
 
+def _simple(simulation: Simulation) -> Simple | None:
+    """Return the judge of simple methods; a forecaster's need the later readings of the patients who train."""
+    source = find_source(simulation.task)
+    if simulation.heldout is not None and source.split is not None:
+        return None
+    return (source.baselines if simulation.baselines else None) or source.simple
+
+
 def _baselines(
     simulation: Simulation, federation: Federation, pool: Executor | None, report: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Judge the task's simple methods and, if asked to, train pooled and local-only models."""
+    """Judge the simple methods that take seconds; if asked to, the others too, and train pooled and local models."""
     stores = dict(zip(federation.names, federation.stores(simulation.task), strict=True))
     return judge_baselines(
         simulation.task,
         stores,
         federation.heldout,
-        simple=find_source(simulation.task).baselines if simulation.heldout is None else None,
+        simple=_simple(simulation),
         train=simulation.baselines,
         seed=simulation.seed,
+        sensitivity=simulation.sensitivity,
         pool=pool,
         report=report,
     )

@@ -13,7 +13,7 @@ from client.site import open_books
 from shared.drafting import DELTA_SHARE
 from shared.errors import FederationError, IntakeError, StorageError
 from shared.files import write_atomic
-from shared.records import RecordStore, open_store, store_path, stores_in, write_store
+from shared.records import RecordStore, find_store, open_store, store_path, stores_in, write_store
 from shared.tasks.cgm_windows import SITE
 from shared.tasks.registry import find_task
 from simulations.sources import Progress, Source, find_source
@@ -43,7 +43,7 @@ class Federation:
 
     def stores(self, task: str) -> tuple[Path, ...]:
         """Return the sites' prepared stores of a task's kind. Raises StorageError if one is missing."""
-        return tuple(store_of(folder, find_task(task).store_kind) for folder in self.sites)
+        return tuple(find_store(folder, find_task(task).store_kind) for folder in self.sites)
 
     @property
     def heldout(self) -> Path:
@@ -88,6 +88,8 @@ def prepare_federation(
     trained, and no patient is ever in both; or, where the task's source divides by time, the later part of every
     patient's records.
 
+    ``raw`` and ``heldout`` may each be a raw export or a prepared store.
+
     Raises:
         FederationError: Naming the hospital's folder, if it gives no patient.
     """
@@ -96,7 +98,10 @@ def prepare_federation(
     for number, (name, source) in enumerate(zip(names, raw, strict=True)):
         # A real hospital keeps a random secret; here it must repeat, for it decides the order of the patients.
         secret = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        store = _prepared(folder / "prepared" / name, source, task, secret, workers, report)
+        try:
+            store = _prepared(folder / "prepared" / name, source, task, secret, workers, report)
+        except IntakeError as error:
+            raise IntakeError(f"The hospital in {source} cannot take part: {error}") from error
         if store.kind != find_task(task).store_kind:
             raise IntakeError(f"{source} holds {store.kind}, the task {task} reads {find_task(task).store_kind}.")
         if stores_differ(store, first := first or store):
@@ -106,12 +111,9 @@ def prepare_federation(
             reserved.append(_with_site(aside, number, names) if find_source(task).split else aside)
         _write(store_path(folder / "sites" / name, store.kind), store)
         declared.append(coarse(len(store)))
-    kind = find_task(task).store_kind
-    apart = RecordStore.open(store_of(heldout, kind)) if heldout else merge_stores(reserved)
+    apart = _given_heldout(folder, heldout, task, seed, workers, report) if heldout else merge_stores(reserved)
     if not len(apart):
         raise IntakeError("Too few patients to set a fifth aside as held-out; give held-out patients with --heldout.")
-    if apart.kind != kind:
-        raise IntakeError(f"{heldout} holds {apart.kind}, the task {task} reads {kind}.")
     if heldout is not None or find_source(task).split is None:
         _refuse_overlap(folder, names, apart)
     _write(folder / "heldout", apart)
@@ -144,29 +146,28 @@ def coarse(patients: int) -> int:
 
 
 def _prepared(target: Path, source: Path, task: str, secret: bytes, workers: int, progress: Progress) -> RecordStore:
+    """Open a prepared store, or prepare a raw export."""
     if not source.is_dir() and not (source.is_file() and ".csv" in source.suffixes):
         raise StorageError(f"There is no folder {source}. Give one folder per hospital, or one CSV of its glucose.")
     if (source / "store.json").exists() or stores_in(source):
-        return RecordStore.open(store_of(source, find_task(task).store_kind))
-    try:
-        find_source(task).prepare(source, target, secret, workers, progress)
-    except FederationError as error:
-        raise IntakeError(f"The hospital in {source} cannot take part: {error}") from error
+        return RecordStore.open(find_store(source, find_task(task).store_kind))
+    find_source(task).prepare(source, target, secret, workers, progress)
     return RecordStore.open(target)
 
 
-def store_of(folder: Path, kind: str) -> Path:
-    """Return a prepared store: the folder itself, or a site's store of ``kind``, or of the only kind it has.
-
-    Raises:
-        StorageError: If there are only others.
-    """
-    if (folder / "store.json").exists():
-        return folder
-    found = stores_in(folder)
-    if kind not in found and len(found) != 1:
-        raise StorageError(f"{folder} holds no prepared store of kind {kind}. Run intake first.")
-    return found.get(kind) or next(iter(found.values()))
+def _given_heldout(folder: Path, heldout: Path, task: str, seed: int, workers: int, report: Progress) -> RecordStore:
+    """Return the reference patients that the researcher gives, raw or prepared."""
+    wanted = find_task(task).store_kind
+    secret = hashlib.sha256(f"{seed}/heldout".encode()).digest()
+    try:
+        store = _prepared(folder / "prepared" / "heldout", heldout, task, secret, workers, report)
+    except FederationError as error:
+        raise IntakeError(
+            f"--heldout {heldout} holds neither a prepared store nor a raw export for the task {task}: {error}"
+        ) from error
+    if store.kind != wanted:
+        raise IntakeError(f"{heldout} holds {store.kind}, the task {task} reads {wanted}.")
+    return store
 
 
 def merge_stores(stores: Sequence[RecordStore]) -> RecordStore:
@@ -204,10 +205,22 @@ def stores_differ(one: RecordStore, other: RecordStore) -> bool:
 
 
 def _refuse_overlap(folder: Path, names: Sequence[str], heldout: RecordStore) -> None:
-    judged = {key.tobytes() for key in heldout.keys}
+    """Refuse held-out patients who also train, found by pseudonym or, under another secret, by equal records."""
+    judged = _traces(heldout)
     for name in names:
-        if judged & {key.tobytes() for key in open_store(folder / "sites" / name, heldout.kind).keys}:
+        if judged & _traces(open_store(folder / "sites" / name, heldout.kind)):
             raise IntakeError(f"Held-out patients are among the training patients of {name}. Give other ones.")
+
+
+def _traces(store: RecordStore) -> set[bytes]:
+    """Return each patient's pseudonym and a hash of the patient's records."""
+    traces = {key.tobytes() for key in store.keys}
+    for item in store.items():
+        content = hashlib.sha256()
+        for field in sorted(item.arrays.keys() - {SITE}):
+            content.update(np.ascontiguousarray(item.arrays[field]).tobytes())
+        traces.add(content.digest())
+    return traces
 
 
 def _write(path: Path, store: RecordStore) -> None:

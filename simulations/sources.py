@@ -10,12 +10,15 @@ from client.intake.nodules import prepare_nodules
 from shared.errors import PlanError
 from shared.records import RecordStore
 from shared.tasks.cgm_windows import split_in_time
-from simulations.forecast_baselines import forecast_baselines
+from simulations.forecast_baselines import forecast_baselines, simple_forecasts
 from simulations.generators.glucose import generate_glucose_hospitals
 from simulations.generators.hospitals import generate_hospitals
+from simulations.nodule_baselines import size_alone
 from simulations.synthesis import examine
 
 Progress = Callable[[str, int, int], None]
+Simple = Callable[[Mapping[str, RecordStore], RecordStore], dict[str, Any]]
+"""Judges simple methods, from each hospital's training store and the held-out store."""
 _STARTS = Path(__file__).with_name("starts")
 
 
@@ -32,7 +35,9 @@ class Source:
         start: A public checkpoint that a run starts from unless it is told otherwise.
         examine: Finds out what only who holds every hospital's patients can, from the final checkpoint, all hospitals'
             training patients, the held-out ones and the simulation's folder, where it may leave files; returns metrics.
-        baselines: Judges simple methods, from each hospital's training part and the held-out store.
+        simple: Judges methods that train nothing and take seconds, from each hospital's training part and the held-out
+            store; every run is compared with them.
+        baselines: Judges these and all others that are not the task's own network; they take minutes.
     """
 
     generate: Callable[..., tuple[Path, ...]]
@@ -40,7 +45,8 @@ class Source:
     origin: str
     split: Callable[[RecordStore], tuple[RecordStore, RecordStore]] | None = None
     start: Path | None = None
-    baselines: Callable[[Mapping[str, RecordStore], RecordStore], dict[str, Any]] | None = None
+    simple: Simple | None = None
+    baselines: Simple | None = None
     examine: Callable[[Path, RecordStore, RecordStore, Path], Mapping[str, Any]] | None = None
 
 
@@ -63,7 +69,7 @@ _SIMULATED_CT = Source(
     ),
 )
 SOURCES = {
-    "nodule-classification": _SIMULATED_CT,
+    "nodule-classification": replace(_SIMULATED_CT, simple=size_alone),
     "ct-synthesis": replace(_SIMULATED_CT, start=_STARTS / "ct-synthesis.safetensors", examine=examine),
     "glucose-forecast": Source(
         generate=generate_glucose_hospitals,
@@ -74,6 +80,7 @@ SOURCES = {
         ),
         split=split_in_time,
         start=_STARTS / "glucose-forecast.safetensors",
+        simple=simple_forecasts,
         baselines=forecast_baselines,
     ),
 }

@@ -43,7 +43,7 @@ def examine(checkpoint: Path, training: RecordStore, judged: RecordStore, out: P
         out: The simulation's folder.
 
     Returns:
-        Metrics by name, for :data:`server.summary.EXAMINATION`.
+        Metrics by name, for :data:`server.findings.EXAMINATION`.
 
     Raises:
         StorageError: If a file cannot be read or written.

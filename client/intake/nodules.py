@@ -41,6 +41,8 @@ Progress = Callable[[str, int, int], None]
 """Called with a stage (``headers`` or ``nodules``), how many are done, and of how many."""
 Key = Callable[[PatientIdentity], bytes]
 """Patient to pseudonym."""
+Witness = Callable[[bytes, int, PatientIdentity, Annotation], None]
+"""Called with a stored nodule's pseudonym and number, and with the patient and annotation that they stand for."""
 T = TypeVar("T")
 
 BATCH_FILES: Final = 64
@@ -92,6 +94,7 @@ def prepare_nodules(
     *,
     identities: Identities | None = None,
     on_progress: Progress | None = None,
+    on_nodule: Witness | None = None,
     workers: int = 1,
 ) -> IntakeReport:
     """Prepare a hospital's export for the nodule tasks.
@@ -103,6 +106,7 @@ def prepare_nodules(
         secret: The site's own, see ``client.intake.pseudonyms``.
         identities: Who is one patient; by default what the files say, and no links.
         on_progress: Told how far the work is.
+        on_nodule: Told, in memory only, who each stored nodule belongs to and where it is. The store knows neither.
         workers: Processes that read and decode; 1 means this one, and one more only for compressed pixels.
 
     Raises:
@@ -126,7 +130,7 @@ def prepare_nodules(
         jobs = _match(_usable_series(headers, who.rule, key, rejected), marked, rejected)
         outcomes = lanes.map(_extract, jobs, crashed=_undecodable, isolate=_is_fragile)
         results = list(_watched(outcomes, "nodules", len(jobs), tell))
-    patients = _patient_items(jobs, results, rejected, key)
+    patients = _patient_items(jobs, results, rejected, key, on_nodule)
     files = len(paths) + unusable.total()
     if not patients:
         reasons = ", ".join(f"{code} {rejected[code]}" for code in RejectCode if rejected[code]) or "it is empty"
@@ -227,7 +231,11 @@ def _undecodable(_job: _Job) -> RejectCode:
 
 
 def _patient_items(
-    jobs: Sequence[_Job], results: Sequence[Patches | RejectCode], rejected: Counter[RejectCode], key: Key
+    jobs: Sequence[_Job],
+    results: Sequence[Patches | RejectCode],
+    rejected: Counter[RejectCode],
+    key: Key,
+    witness: Witness | None,
 ) -> list[PatientItem]:
     """Gather every patient's nodules from all of the patient's series, under all of the patient's identifiers."""
     nodules: dict[bytes, list[tuple[Annotation, int, Patches]]] = defaultdict(list)
@@ -235,7 +243,10 @@ def _patient_items(
         if isinstance(outcome, RejectCode):
             rejected[outcome] += 1
         else:
-            nodules[key(job.series.patient)].append((job.annotation, job.series.vendor, outcome))
+            name = key(job.series.patient)
+            if witness is not None:
+                witness(name, len(nodules[name]), job.series.patient, job.annotation)
+            nodules[name].append((job.annotation, job.series.vendor, outcome))
     return [_patient_item(name, group) for name, group in nodules.items()]
 
 

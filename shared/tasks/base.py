@@ -9,7 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Generator, Tensor, nn
 
+from shared.errors import PlanError
 from shared.metrics import Estimate
+from shared.operating_point import OperatingPoint, check_sensitivity
 from shared.plan import RunPlan
 from shared.records import RecordStore
 
@@ -92,11 +94,13 @@ class Evaluation:
         metrics: Metric name to value, with a 95% interval where one is computed.
         by_group: The primary metric for parts of the data that are worth telling apart (scanner vendors).
         details: What a report draws; plain JSON values.
+        operating_point: Where the model's score becomes a decision, for a task that decides.
     """
 
     metrics: Mapping[str, float | Estimate]
     by_group: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
+    operating_point: OperatingPoint | None = None
 
     def value(self, name: str) -> float:
         """Return a metric's point value."""
@@ -126,6 +130,7 @@ class Task:
         load: Opens a store as patients.
         loss: Returns ``(B,)``, each the mean over that patient's records; depends on no other patient.
         evaluate: Judges a model on a data set that the evaluating party owns.
+        evaluate_at: Judges it at the threshold that finds a given share of the positives, for a task that decides.
         defaults: What a plan sets where its author says nothing (fields of :class:`shared.plan.RunPlan`).
         without_privacy: What it sets instead where there is no noise: nothing is clipped then, so other rates suit.
         private: Returns the part of the model that patients' gradients move; by default all of it.
@@ -150,6 +155,7 @@ class Task:
     evaluate: Callable[[nn.Module, RecordStore], Evaluation]
     defaults: Mapping[str, Any]
     without_privacy: Mapping[str, Any] = field(default_factory=dict)
+    evaluate_at: Callable[[nn.Module, RecordStore, float], Evaluation] | None = None
     private: Callable[[nn.Module], nn.Module] = whole
     post_process: Callable[[nn.Module, RunPlan, int, Generator], None] | None = None
     settle: Callable[[nn.Module], None] | None = None
@@ -158,3 +164,19 @@ class Task:
     augmented_by: str = ""
     as_patients: Callable[[nn.Module, int], RecordStore] | None = None
     example: Callable[[int], Tensor] | None = None
+
+    def judge(self, model: nn.Module, store: RecordStore, sensitivity: float | None = None) -> Evaluation:
+        """Judge a model, at the threshold of a sensitivity if one is asked for and the task decides."""
+        if sensitivity is None or self.evaluate_at is None:
+            return self.evaluate(model, store)
+        return self.evaluate_at(model, store, sensitivity)
+
+    def check_sensitivity(self, sensitivity: float | None) -> None:
+        """Refuse a sensitivity that cannot be asked for.
+
+        Raises:
+            PlanError: If it does not lie in (0, 1], or the task makes no decisions.
+        """
+        check_sensitivity(sensitivity)
+        if sensitivity is not None and self.evaluate_at is None:
+            raise PlanError(f"The task {self.name} makes no yes-or-no decision, so it has no sensitivity to ask for.")

@@ -4,7 +4,7 @@ Labels are the LIDC-IDRI readers' median malignancy, above 3 against below 3. A 
 nodules, each as a few axial patches; the patient's loss is the mean over the K patches drawn from them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from shared.metrics import binary_metrics, bootstrap_auroc, classification_curves
+from shared.metrics import (
+    Decisions,
+    Labels,
+    Scores,
+    binary_metrics,
+    bootstrap_auroc,
+    calibration_metrics,
+    classification_curves,
+)
 from shared.models.cnn import LungCTNet
+from shared.operating_point import choose, cross_fitted
 from shared.records import RecordStore
 from shared.tasks.base import Batch, Evaluation, Task
 from shared.tasks.ct_nodules import MARGIN_PX, PATCH_PX, STORE_KIND, VENDORS, StoredPatients, is_upright
@@ -77,8 +86,16 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def evaluate(model: nn.Module, store: RecordStore) -> Evaluation:
-    """Judge by nodule: the mean malignancy probability over a nodule's patches, centred and unaugmented."""
-    return judge_nodules(store, score_records(model, store))
+    """Judge by nodule: the mean malignancy probability over a nodule's patches, centred and unaugmented.
+
+    The decisions are those of the best balanced accuracy; see :func:`decide_nodules`.
+    """
+    return decide_nodules(store, score_records(model, store))
+
+
+def evaluate_at(model: nn.Module, store: RecordStore, sensitivity: float) -> Evaluation:
+    """Judge as :func:`evaluate` does, at the threshold that finds a share of the malignant nodules."""
+    return decide_nodules(store, score_records(model, store), sensitivity)
 
 
 @torch.no_grad()
@@ -91,28 +108,64 @@ def score_records(model: nn.Module, store: RecordStore) -> npt.NDArray[np.float3
     return np.asarray(scores.numpy(), np.float32)
 
 
+def decide_nodules(
+    store: RecordStore, record_scores: npt.NDArray[np.floating[Any]], sensitivity: float | None = None
+) -> Evaluation:
+    """Return the evaluation of a classifier's scores ``(R,)``, with the operating point that the patients choose.
+
+    Each nodule is decided on by the point that the other patients choose, so that nothing flatters itself; see
+    :mod:`shared.operating_point`.
+    """
+    nodules = _by_nodule(store, record_scores)
+    probabilities, positive = cross_fitted(nodules.labels, nodules.scores, nodules.patients, sensitivity)
+    judged = _judged(nodules, Decisions(probabilities, positive))
+    off = calibration_metrics(nodules.labels, probabilities, nodules.patients)
+    point = choose(nodules.labels, nodules.scores, sensitivity)
+    return replace(judged, metrics={**judged.metrics, **off}, operating_point=point)
+
+
 def judge_nodules(store: RecordStore, record_scores: npt.NDArray[np.floating[Any]]) -> Evaluation:
-    """Return the evaluation of any score ``(R,)`` of the store's records, averaged within each nodule."""
+    """Return the evaluation of any score ``(R,)`` of the store's records, decided at one half."""
+    nodules = _by_nodule(store, record_scores)
+    return _judged(nodules, Decisions.at_half(nodules.scores))
+
+
+@dataclass(frozen=True)
+class _Nodules:
+    """A store's nodules ``(N,)``: the mean score of a nodule's records, and what is known of it."""
+
+    labels: Labels
+    scores: Scores
+    patients: npt.NDArray[np.int64]
+    vendors: npt.NDArray[np.uint8]
+
+
+def _by_nodule(store: RecordStore, record_scores: npt.NDArray[np.floating[Any]]) -> _Nodules:
     nodules = np.stack([store.patient_of_record, np.asarray(store.arrays["nodule"])], axis=1)
     _, first, inverse = np.unique(nodules, axis=0, return_index=True, return_inverse=True)
     inverse = inverse.ravel()
-    scores = np.bincount(inverse, weights=record_scores) / np.bincount(inverse)
-    labels = np.asarray(store.arrays["malignant"])[first].astype(np.int64)
-    vendors = np.asarray(store.arrays["vendor"])[first]
-    by_vendor = {
-        VENDORS[code]: {
-            "nodules": float((vendors == code).sum()),
-            **binary_metrics(labels[vendors == code], scores[vendors == code]),
-        }
-        for code in np.unique(vendors)
-    }
+    return _Nodules(
+        np.asarray(store.arrays["malignant"])[first].astype(np.int64),
+        np.bincount(inverse, weights=record_scores) / np.bincount(inverse),
+        store.patient_of_record[first],
+        np.asarray(store.arrays["vendor"])[first],
+    )
+
+
+def _judged(nodules: _Nodules, decisions: Decisions) -> Evaluation:
+    labels, scores, vendors = nodules.labels, nodules.scores, nodules.vendors
+    by_vendor = {}
+    for code in np.unique(vendors):
+        mine = vendors == code
+        figures = binary_metrics(labels[mine], scores[mine], decisions.of(mine))
+        by_vendor[VENDORS[code]] = {"nodules": float(mine.sum()), **figures}
     return Evaluation(
         metrics={
-            "auroc": bootstrap_auroc(labels, scores, store.patient_of_record[first]),
-            **{k: v for k, v in binary_metrics(labels, scores).items() if k != "auroc"},
+            "auroc": bootstrap_auroc(labels, scores, nodules.patients),
+            **{k: v for k, v in binary_metrics(labels, scores, decisions).items() if k != "auroc"},
         },
         by_group=by_vendor,
-        details=classification_curves(labels, scores),
+        details=classification_curves(labels, scores, decisions),
     )
 
 
@@ -124,6 +177,7 @@ TASK = Task(
     load=NodulePatients,
     loss=loss,
     evaluate=evaluate,
+    evaluate_at=evaluate_at,
     augmented_by="ct-synthesis",
     example=lambda count: torch.rand(count, 1, PATCH_PX, PATCH_PX),
     defaults={

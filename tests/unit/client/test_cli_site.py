@@ -22,9 +22,10 @@ from client import cli, setup
 from client.overview import HEALTH_PORT_FILE, daemon_health
 from client.predict import load_model
 from client.site import Site
-from server.checkpoints import save_checkpoint
+from server.checkpoints import Checkpoint, save_checkpoint
 from shared.errors import StorageError
 from shared.messages import TrainRequest
+from shared.operating_point import OperatingPoint
 from shared.plan import RunPlan
 from shared.records import stores_in
 from shared.tasks.registry import find_task
@@ -307,25 +308,80 @@ def test_an_export_that_is_neither_or_lacks_its_annotations_is_refused(
     assert stores_in(site) == {}
 
 
-def test_predictions_are_the_models_and_stay_with_their_patients(
-    site: Path, dicom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def saved(tmp_path: Path) -> Checkpoint:
     torch.manual_seed(5)
-    model = find_task(PLAN.task).build()
-    saved = save_checkpoint(tmp_path / "c", model, run="r", number=1, task=PLAN.task, plan_digest="p")
+    point = OperatingPoint(0.47, 2.5, "sensitivity 0.90")
+    return save_checkpoint(
+        tmp_path / "c", find_task(PLAN.task).build(), run="r", number=1, task=PLAN.task, plan_digest="p",
+        operating_point=point,
+    )  # fmt: skip
+
+
+def test_predictions_name_the_patient_series_and_position_for_the_owner_alone(
+    saved: Checkpoint, dicom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out, marked = (
+        tmp_path / "predictions.csv",
+        list(csv.DictReader((dicom / "annotations.csv").read_text().splitlines())),
+    )
+    before = sorted(tmp_path.iterdir())
+    assert call(monkeypatch, "predict", saved.path, dicom, "--out", out, "--workers", 1) == 0
+    assert sorted(tmp_path.iterdir()) == sorted([*before, out])  # no store is left behind
+    assert out.stat().st_mode & 0o777 == 0o600
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert list(rows[0]) == [
+        "patient", "seriesuid", "coordX", "coordY", "coordZ", "diameter_mm", "probability", "decision", "threshold"
+    ]  # fmt: skip
+    assert {row["patient"] for row in rows} == {"P-0", "P-1", "P-2"}
+    places = {(row["seriesuid"], *(float(row[f"coord{axis}"]) for axis in "XYZ")) for row in rows}
+    assert places == {(row["seriesuid"], *(float(row[f"coord{axis}"]) for axis in "XYZ")) for row in marked}
+    by_patient = {row["patient"]: row["seriesuid"] for row in rows}
+    assert by_patient == {f"P-{number}": row["seriesuid"] for number, row in enumerate(marked)}
+    for row in rows:
+        assert float(row["threshold"]) == 0.47
+        assert row["decision"] == ("malignant" if float(row["probability"]) >= 0.47 else "benign")
+    shown = capfd.readouterr()
+    assert "malignant from a probability of 0.470 on (sensitivity 0.90)" in shown.out
+    assert "P-0" not in shown.out + shown.err
+
+
+def test_a_checkpoint_without_an_operating_point_decides_at_one_half_and_says_so(
+    saved: Checkpoint, dicom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sidecar, out = saved.path.with_suffix(".json"), tmp_path / "out.csv"
+    described = json.loads(sidecar.read_text())
+    sidecar.write_text(json.dumps({k: v for k, v in described.items() if k != "operating_point"}))
+    assert call(monkeypatch, "predict", saved.path, dicom, "--out", out, "--workers", 1) == 0
+    assert "0.500 on (one half: no reference patients chose a threshold)" in capfd.readouterr().out
+    assert {row["threshold"] for row in csv.DictReader(out.read_text().splitlines())} == {"0.500000"}
+    sidecar.write_text(json.dumps({**described, "operating_point": {"threshold": 7}}))
+    assert call(monkeypatch, "predict", saved.path, dicom, "--out", out, "--workers", 1) == 1
+    assert "damaged operating_point" in capfd.readouterr().err
+
+
+def test_predictions_are_the_models_and_stay_with_their_pseudonyms(
+    saved: Checkpoint, site: Path, dicom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     assert call(monkeypatch, "intake", site, dicom, "--annotations", "annotations.csv", "--workers", 1) == 0
     out = tmp_path / "predictions.csv"
-    before = sorted(tmp_path.iterdir())
-    assert call(monkeypatch, "predict", saved.path, dicom, "--out", out, "--site", site, "--workers", 1) == 0
-    assert sorted(tmp_path.iterdir()) == sorted([*before, out])
-    rows = list(csv.DictReader(out.read_text().splitlines()))
+    arguments = ("--out", out, "--pseudonymous", "--site", site, "--workers", 1)
+    assert call(monkeypatch, "predict", saved.path, dicom, *arguments) == 0
+    text = out.read_text()
+    rows = list(csv.DictReader(text.splitlines()))
+    assert list(rows[0]) == ["patient", "nodule", "diameter_mm", "probability", "decision", "threshold"]
+    for mark in csv.DictReader((dicom / "annotations.csv").read_text().splitlines()):
+        assert mark["seriesuid"] not in text
+    assert "P-" not in text
     assert len(rows) == 3  # the undecided nodule too: nobody's judgement is needed to score it
     trained = {key.tobytes().hex() for key in Site(site).store_of("ct-nodules").keys}
     assert trained < {row["patient"] for row in rows}
     store = Site(site).store_of("ct-nodules")
     images = torch.from_numpy(np.asarray(store.arrays["image"][:, 4:-4, 4:-4], np.float32))[:, None]
     with torch.no_grad():
-        expected = load_model(saved.path)(images).softmax(1)[:, 1].view(-1, 3).mean(1)
+        scores = load_model(saved.path)(images).softmax(1)[:, 1].view(-1, 3).mean(1).double()
+    expected = torch.sigmoid(torch.logit(scores) / 2.5)
     by_patient = {row["patient"]: float(row["probability"]) for row in rows}
     told = [by_patient[key.tobytes().hex()] for key in store.keys]
     np.testing.assert_allclose(told, expected.numpy(), atol=1e-5)

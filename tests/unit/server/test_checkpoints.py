@@ -8,6 +8,7 @@ import torch
 from server.checkpoints import latest_checkpoint, load_strategy, load_weights, save_checkpoint
 from shared.errors import StorageError
 from shared.models.cnn import LungCTNet
+from shared.operating_point import OperatingPoint
 from shared.weights import pack
 
 
@@ -86,5 +87,21 @@ def test_tampering_and_damage_are_noticed(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="not a checkpoint"):
         load_weights(tmp_path / "other" / "round-00001.safetensors", LungCTNet())
     checkpoint.path.with_suffix(".json").write_text(json.dumps({"run": 1}))
+    with pytest.raises(StorageError, match="damaged"):
+        latest_checkpoint(tmp_path)
+
+
+def test_the_operating_point_stands_in_the_sidecar_and_is_absent_where_there_is_none(tmp_path: Path) -> None:
+    point = OperatingPoint(0.37, 1.25, "balanced-accuracy")
+    for number, chosen in ((1, None), (2, point)):
+        checkpoint = save_checkpoint(
+            tmp_path, LungCTNet(), run="r", number=number, task="t", plan_digest="p", operating_point=chosen
+        )
+    first, second = (json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json")))
+    assert "operating_point" not in first
+    assert second["operating_point"] == {"threshold": 0.37, "temperature": 1.25, "rule": "balanced-accuracy"}
+    assert latest_checkpoint(tmp_path) == checkpoint
+    second["operating_point"]["threshold"] = 3
+    checkpoint.path.with_suffix(".json").write_text(json.dumps(second))
     with pytest.raises(StorageError, match="damaged"):
         latest_checkpoint(tmp_path)

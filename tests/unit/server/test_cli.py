@@ -1,5 +1,6 @@
 """Bad input: one clear sentence and a non-zero exit, never a traceback."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -7,9 +8,11 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from rich.console import Console
 
 from server import cli
 from server.checkpoints import save_checkpoint
+from server.operations import follow
 from server.registry import COMPLETED, RoundRow
 from server.runs import find_run
 from shared.errors import ErrorCode, FederationError
@@ -91,6 +94,13 @@ def test_a_run_is_submitted_stopped_and_reported_without_the_service(
     assert said.out == "run-1\n"
     assert "The service is not running" in said.err
     assert "nothing will be validated" in said.err
+    assert find_run(Path(server), "run-1").sensitivity is None
+    assert call(monkeypatch, "run", server, str(tmp_path / "plan.toml"), "--sensitivity", "0.9", "--name", "own") == 0
+    assert find_run(Path(server), "own").sensitivity == 0.9
+    for task, value in (("nodule-classification", "1.5"), ("glucose-forecast", "0.9")):
+        (tmp_path / "other.toml").write_text(f'task = "{task}"\nrounds = 2\nepsilon = 8.0\n')
+        assert call(monkeypatch, "run", server, str(tmp_path / "other.toml"), "--sensitivity", value) == 1
+        assert "sensitivity" in capfd.readouterr().err
     assert call(monkeypatch, "stop", server, "run-1") == 0
     assert call(monkeypatch, "resume", server, "run-1") == 0
     run = find_run(Path(server), "run-1")
@@ -102,12 +112,23 @@ def test_a_run_is_submitted_stopped_and_reported_without_the_service(
     run.registry().end("run-1", COMPLETED)
     assert call(monkeypatch, "report", server, "run-1", "--out", str(tmp_path / "out")) == 0
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["rounds_completed"] == 2
+    assert "warning: Nothing was validated. No held-out patients" in capfd.readouterr().err
     assert (tmp_path / "out" / "report.html").exists()
     capfd.readouterr()
     assert call(monkeypatch, "status", server, "run-1", "--json") == 0
     assert json.loads(capfd.readouterr().out)["status"] == COMPLETED
     assert call(monkeypatch, "status", server, "run-1") == 0
     assert "2/2" in capfd.readouterr().out
+
+
+def test_a_followed_run_ends_with_its_warnings(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call(monkeypatch, "run", server, str(tmp_path / "plan.toml")) == 0
+    run = find_run(Path(server), "run-1")
+    run.registry().add_round("run-1", RoundRow(2, 1.0, None, {"h1": "ok"}))
+    run.registry().end("run-1", COMPLETED)
+    said = io.StringIO()
+    assert follow(run, Console(file=said)) is None
+    assert said.getvalue().splitlines()[-1] == "warning: Nothing was validated. No held-out patients judged this model."
 
 
 def test_sites_are_shown_for_people_and_scripts(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.config import ServerConfig, make_server, port_taken
+from server.config import ServerConfig, find_heldout, make_server, port_taken
 from shared.errors import PlanError, StorageError
 from shared.records import RecordStore
 
@@ -23,9 +23,14 @@ CONFIG = ServerConfig(
     heldout=st.sampled_from(["", "/data/held out", 'odd "quoted" \\ path']),
     share=st.floats(0.01, 1.0),
     norm=st.floats(0.0, 1e6),
+    sensitivity=st.floats(0.0, 1.0),
 )
-def test_what_is_written_is_read(tmp_path: Path, names: list[str], heldout: str, share: float, norm: float) -> None:
-    config = replace(CONFIG, names=tuple(names), heldout=heldout, max_share=share, max_update_norm=norm)
+def test_what_is_written_is_read(
+    tmp_path: Path, names: list[str], heldout: str, share: float, norm: float, sensitivity: float
+) -> None:
+    config = replace(
+        CONFIG, names=tuple(names), heldout=heldout, max_share=share, max_update_norm=norm, sensitivity=sensitivity
+    )
     (tmp_path / "server.toml").write_text(config.to_toml(), encoding="utf-8")
     assert ServerConfig.read(tmp_path) == config
 
@@ -39,6 +44,8 @@ def test_what_is_written_is_read(tmp_path: Path, names: list[str], heldout: str,
         ("max-share = 0.0", "max-share"),
         ("max-share = nan", "max-share"),
         ("max-update-norm = -1", "max-update-norm"),
+        ("sensitivity = 1.5", "sensitivity must lie"),
+        ("fleet-prt = 9092", "Did you mean fleet-port?"),
         ("names = []", "names"),
         ("colour = 1", "unknown keys: colour"),
         ("names = [", "not valid TOML"),
@@ -88,3 +95,18 @@ def test_a_listener_takes_a_port() -> None:
         port = listener.getsockname()[1]
         assert port_taken("127.0.0.1", port)
     assert not port_taken("127.0.0.1", port)
+
+
+def test_reference_patients_may_be_named_by_the_folder_of_the_site_that_prepared_them(
+    tmp_path: Path, make_nodule_store: Callable[..., RecordStore]
+) -> None:
+    make_nodule_store(tmp_path / "reference" / "store")
+    for named in (tmp_path / "reference", tmp_path / "reference" / "store"):
+        assert find_heldout(named) == tmp_path / "reference" / "store"
+
+
+def test_a_raw_export_is_refused_with_how_to_prepare_it(tmp_path: Path) -> None:
+    (tmp_path / "export").mkdir()
+    with pytest.raises(StorageError, match="fedward-site intake reference"):
+        make_server(tmp_path / "srv", ["localhost"], 9092, tmp_path / "export")
+    assert not (tmp_path / "srv").exists()

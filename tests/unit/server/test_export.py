@@ -15,6 +15,7 @@ from server import export
 from server.checkpoints import load_weights, save_checkpoint
 from server.registry import RoundRow, RunRecord, SiteRow
 from shared.errors import FederationError, PlanError, StorageError
+from shared.operating_point import OperatingPoint
 from shared.plan import RunPlan
 from shared.tasks import registry
 from shared.tasks.cgm_windows import HORIZON
@@ -29,13 +30,18 @@ SITES = (SiteRow("h1", 200, None), SiteRow("h2", None, "policy-refused"))
 RECORD = RunRecord("r", PLAN, "completed", None, SITES, (RoundRow(2, 1.0, None, {}),), {})
 
 
+POINT = OperatingPoint(0.37, 1.25, "balanced-accuracy")
+
+
 def save(folder: Path, task: str = PLAN.task) -> nn.Module:
     model = find_task(task).build().eval()
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():  # fresh weights may leave parts of a model without a say
             parameter.add_(0.1 * torch.randn_like(parameter))
-    save_checkpoint(folder / "checkpoints", model, run="r", number=2, task=task, plan_digest=PLAN.digest)
+    save_checkpoint(
+        folder / "checkpoints", model, run="r", number=2, task=task, plan_digest=PLAN.digest, operating_point=POINT
+    )
     return model
 
 
@@ -55,6 +61,8 @@ def test_both_files_compute_the_trained_model(tmp_path: Path) -> None:
     assert (card["sha256"], card["onnx_sha256"]) == (digest, onnx)
     assert (card["task"], card["rounds"], card["sites"], card["delta"]) == (PLAN.task, 2, 1, 1e-3)
     assert card["epsilon"] == pytest.approx(PLAN.epsilon(2))
+    assert OperatingPoint.parse(card["operating_point"]) == POINT
+    assert card["warnings"] == ["Nothing was validated. No held-out patients judged this model."]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "model.json", "model.onnx", "model.safetensors",
     ]  # fmt: skip

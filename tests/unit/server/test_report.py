@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from server.checkpoints import Checkpoint
-from server.findings import Findings, as_estimate, humanise
+from server.findings import Findings, as_estimate, humanise, in_sentence
 from server.markup import Markup, duration, epsilon_text, number, tag
 from server.registry import LATE, OK, Registry, RoundRow, SiteRow
-from server.report import in_sentence, render, write_report
+from server.report import render, write_report
 from shared.metrics import Estimate
 from shared.plan import RunPlan
 from shared.records import RecordStore
@@ -143,7 +143,7 @@ def test_it_shows_the_registrys_numbers(tmp_path: Path) -> None:
     shown, final = page(tmp_path), judged(3)
     auroc = final.metrics["auroc"]
     assert isinstance(auroc, Estimate)
-    assert f"AUROC {auroc.value:.3f} on held-out patients after 3 rounds" in shown.text
+    assert f"AUROC is {auroc.value:.3f}" in shown.text
     assert f"{auroc.low:.3f} to {auroc.high:.3f}" in shown.text
     for name in ("accuracy", "precision", "recall", "brier"):
         assert f"{humanise(name)} {final.value(name):.3f}" in shown.text
@@ -277,7 +277,8 @@ def test_undefined_metrics_are_dashes(tmp_path: Path) -> None:
 def test_another_tasks_metrics_are_shown_without_its_curves(tmp_path: Path, task: str) -> None:
     regression = Evaluation({"negative_rmse": Estimate(-21.5, -23.0, -20.0), "mae": 15.25}, {"adult": {"mae": 14.0}})
     shown = page(tmp_path, plan=replace(PLAN, task=task), evaluation=regression, notes={})
-    assert "Negative rmse -21.500 on held-out patients" in shown.text
+    assert "Negative rmse is -21.500 (95% interval -23.000 to -20.000)" in shown.text
+    assert "There is no gain over the start" in shown.text
     assert "-23.000 to -20.000" in shown.words
     assert "By group" in shown.words
     assert [label.split()[0] for label in figures(shown)] == ["Negative", "Epsilon", "Seconds"]
@@ -318,3 +319,4 @@ def test_numbers_and_estimates_in_any_form() -> None:
 def test_a_label_within_a_sentence_keeps_its_acronym() -> None:
     assert in_sentence("The last reading, no change") == "the last reading, no change"
     assert in_sentence("ARIMA, fitted to each window") == "ARIMA, fitted to each window"
+    assert in_sentence("A simple method") == "a simple method"

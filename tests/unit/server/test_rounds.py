@@ -16,7 +16,7 @@ from server.cohort import Member
 from server.exchange import Timing
 from server.registry import ASKED, FAILED, LATE, OK, VANISHED, Registry
 from server.rounds import Job, initial_model, run_federation
-from shared.errors import ErrorCode, FederationError, ProtocolError, StorageError
+from shared.errors import ErrorCode, FederationError, PlanError, ProtocolError, StorageError
 from shared.messages import PlanQuery, SiteOffer, TrainReply, TrainRequest, error_reply
 from shared.plan import STRATEGIES, RunPlan
 from shared.records import RecordStore
@@ -483,6 +483,36 @@ def test_patience_ends_a_run_that_no_longer_gains(
     record = Registry(tmp_path / "registry.sqlite").read("r")
     assert record.rounds_completed == 3
     assert plan.epsilon(3) < plan.epsilon()
+
+
+@pytest.mark.parametrize(("sensitivity", "rule"), [(None, "balanced-accuracy"), (0.9, "sensitivity 0.90")])
+def test_the_checkpoint_holds_the_operating_point_that_the_reference_patients_chose(
+    tmp_path: Path, make_nodule_store: Callable[..., RecordStore], sensitivity: float | None, rule: str
+) -> None:
+    heldout = make_nodule_store(tmp_path / "heldout", patients=30)
+    stale = twisted(lambda reply: reply)
+    grid = ScriptedGrid({1: stale, 2: stale, 3: stale})
+    run_federation(grid, Job("r", PLAN, tmp_path, heldout, sensitivity=sensitivity))
+    checkpoint = latest_checkpoint(tmp_path / "checkpoints")
+    assert checkpoint is not None
+    point = checkpoint.operating_point
+    assert point is not None
+    assert point.rule == rule
+    last = Registry(tmp_path / "registry.sqlite").read("r").rounds[-1].evaluation
+    assert last is not None
+    assert last.operating_point == point
+    model = find_task(PLAN.task).build()
+    load_weights(checkpoint.path, model)
+    assert find_task(PLAN.task).judge(model.eval(), heldout, sensitivity).operating_point == point
+
+
+def test_without_reference_patients_no_operating_point_is_claimed(tmp_path: Path) -> None:
+    run(tmp_path, {})
+    checkpoint = latest_checkpoint(tmp_path / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.operating_point is None
+    with pytest.raises(PlanError, match="sensitivity"):
+        Job("r", PLAN, tmp_path, None, sensitivity=2.0)
 
 
 def test_the_start_must_be_the_checkpoint_that_the_plan_names(tmp_path: Path) -> None:

@@ -75,3 +75,13 @@ def test_a_run_at_work_is_stopped_by_the_service_only(tmp_path: Path) -> None:
 def test_a_lock_file_that_nobody_holds_is_stale(tmp_path: Path) -> None:
     (tmp_path / "pid").write_text("1")
     assert lock_holder(tmp_path / "pid") is None
+
+
+def test_a_run_may_have_a_sensitivity_of_its_own_that_is_no_part_of_its_plan(tmp_path: Path) -> None:
+    assert submit(tmp_path, PLAN, "as-set", None).sensitivity is None
+    run = submit(tmp_path, PLAN, "own", None, sensitivity=0.9)
+    assert find_run(tmp_path, "own").sensitivity == 0.9
+    assert run.plan == PLAN
+    (run.path / "sensitivity").write_text("high")
+    with pytest.raises(StorageError, match="damaged"):
+        _ = run.sensitivity

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from server.checkpoints import Checkpoint
+from server.findings import EXAMINATION
 from server.registry import OK, Registry, RoundRow, SiteRow
 from server.report import render
-from server.summary import EXAMINATION, summarise
+from server.summary import summarise
 from shared.drafting import draft_plan
 from shared.metrics import Estimate
 from shared.tasks.base import Evaluation

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from server.checkpoints import Checkpoint
+from server.findings import final_round
 from server.registry import COMPLETED, LATE, OK, Registry, RoundRow, RunRecord, SiteRow
-from server.summary import final_round, summarise, write_summary
+from server.summary import summarise, write_summary
 from shared.metrics import Estimate
 from shared.plan import RunPlan
 from shared.tasks.base import Evaluation
@@ -26,6 +27,7 @@ PLAN = RunPlan(
     seed=7,
 )
 KEYS = {
+    "warnings",
     "task", "run", "status", "rounds_completed", "seed", "plan_digest", "sites", "metrics", "by_group",
     "by_site", "worst_site", "rmse_30_of_patients", "rmse_30_of_patients_by_site", "baselines", "timings",
     "peak_rss_mib", "start", "data", "checkpoint",

@@ -1,5 +1,6 @@
 """Bad input: one clear sentence and a non-zero exit, never a traceback."""
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import pytest
 
 from shared.records import RecordStore, write_store
 from simulations import cli
+from simulations.run import read_plan
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -39,11 +41,19 @@ def hospital(tmp_path: Path, make_nodule_store: Callable[..., RecordStore]) -> P
         (["--learning-rate", "-1"], "learning-rate must lie"),
         (["--max-epsilon", "0.5"], "budget-exceeded"),
         (["--init", "nowhere.safetensors"], "nowhere.safetensors"),
-        (["--heldout", "nowhere"], "no prepared store"),
+        (["--heldout", "nowhere"], "neither a prepared store nor a raw export"),
         (["--backend", "ray", "--ray-address", "127.0.0.1:9"], "No Ray cluster answers"),
         (["--backend", "ray", "--ray-address", "banana"], "No Ray cluster answers"),
         (["--ray-address", "127.0.0.1:9"], "needs --backend ray"),
         (["--max-epsilon", "nan"], "must be positive"),
+        (["--set", "min-site=3"], "Did you mean min-sites?"),
+        (["--set", "rounds=3"], "--rounds and --set rounds both set rounds"),
+        (["--epsilon", "4", "--set", "epsilon=3"], "--epsilon and --set epsilon both set epsilon"),
+        (["--set", "tau=0"], "tau must lie"),
+        (["--set", "min-sites=3"], "1 of the 3 sites that the plan requires"),
+        (["--sensitivity", "1.5"], "sensitivity must be above 0"),
+        (["--task", "glucose-forecast", "--sensitivity", "0.9"], "makes no yes-or-no decision"),
+        (["--heldout", __file__], "neither a prepared store nor a raw export"),
     ],
 )
 def test_wrong_values_are_one_sentence(
@@ -116,6 +126,57 @@ def test_an_undefined_metric_is_said_and_is_no_failure(
         cli.main()
     assert not caught.value.code
     assert "undefined" in capfd.readouterr().out
+
+
+def test_any_field_of_the_plan_can_be_set_and_the_end_opens_with_its_warnings(
+    hospital: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    settings = ("min-sites=1", "strategy=fedprox", "proximal_mu=0.2", "deadline-s=90", "epsilon=6", "rounds=1")
+    arguments = ["run", "--data", str(hospital), "--workers", "1", "--out", str(out), "--sensitivity", "0.9"]
+    monkeypatch.setattr(sys, "argv", ["fedward-sim", *arguments, *(f"--set={setting}" for setting in settings)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert not caught.value.code
+    plan = read_plan(out / "plan.json")
+    assert (plan.strategy, plan.proximal_mu, plan.deadline_s, plan.rounds) == ("fedprox", 0.2, 90.0, 1)
+    assert plan.epsilon() <= 6.0
+    lines = capfd.readouterr().out.splitlines()
+    ends = [n for n, line in enumerate(lines) if line.startswith("1 round, held-out auroc")]
+    warned = [
+        n
+        for n, line in enumerate(lines)
+        if line.startswith("warning: A hospital has very few patients. Below 50 declared patients: site-1 (10)")
+    ]
+    assert len(ends) == len(warned) == 1
+    assert warned < ends
+    [sidecar] = (out / "server" / "checkpoints").glob("round-00001.json")
+    point = json.loads(sidecar.read_text())["operating_point"]
+    assert point["rule"] == "sensitivity 0.90"
+    metrics = json.loads((out / "summary.json").read_text())["metrics"]
+    assert (metrics["threshold"], metrics["temperature"]) == (point["threshold"], point["temperature"])
+
+
+def test_heldout_patients_may_be_a_raw_export_of_dicom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    raw = tmp_path / "raw"
+    made = ("--sites", "2", "--patients-per-site", "6", "--seed", "3", "--out", str(raw))
+    monkeypatch.setattr(sys, "argv", ["fedward-sim", "generate", *made, "--workers", "1"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert not caught.value.code
+    first, second = sorted(path for path in raw.iterdir() if path.is_dir())
+    common = ["run", "--data", str(first), "--workers", "1", "--set", "rounds=1"]
+    arguments = [*common, "--heldout", str(second), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["fedward-sim", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert not caught.value.code
+    assert len(RecordStore.open(tmp_path / "out" / "heldout")) == 6
+    capfd.readouterr()
+    assert call(monkeypatch, *common, "--heldout", str(first), "--out", str(tmp_path / "same")) == 1
+    assert "among the training patients of site-1" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["run", "generate"])

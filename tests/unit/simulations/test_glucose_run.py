@@ -3,12 +3,15 @@
 import gzip
 import io
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from shared.errors import IntakeError
 from simulations.display import Display
 from simulations.run import Simulation, read_plan, start
 
@@ -36,26 +39,23 @@ def exports(tmp_path: Path) -> tuple[str, ...]:
     return tuple(files)
 
 
-def run(exports: tuple[str, ...], out: Path, epsilon: float = 8.0, init: str | None = None) -> dict[str, object]:
+def run(
+    exports: tuple[str, ...], out: Path, epsilon: float = 8.0, init: str | None = None, **more: Any
+) -> dict[str, Any]:
     plan = {"rounds": 1, "local_steps": 1, "records_per_patient": 1}
     simulation = Simulation(
-        task="glucose-forecast", data=exports, sites=2, epsilon=epsilon, seed=7, init=init, plan=plan
+        task="glucose-forecast", data=exports, sites=2, epsilon=epsilon, seed=7, init=init, plan=plan, **more
     )
     start(simulation, out, Display(Console(file=io.StringIO())))
-    found: dict[str, object] = json.loads((out / "summary.json").read_text())
+    found: dict[str, Any] = json.loads((out / "summary.json").read_text())
     return found
-
-
-@pytest.fixture(autouse=True)
-def _few_arima_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("simulations.forecast_baselines.ARIMA_WINDOWS", 2)
 
 
 def test_the_summary_keeps_the_contract(exports: tuple[str, ...], tmp_path: Path) -> None:
     found = run(exports, tmp_path / "out")
     assert found["status"] == "completed"
     metrics, baselines = found["metrics"], found["baselines"]
-    assert set(baselines) >= {"last_value", "linear_ar", "arima"}
+    assert set(baselines) == {"last_value", "linear_extrapolation"}
     for judged in (metrics, *baselines.values()):
         assert set(judged) >= KEYS | {"by_site"}
         assert set(judged["by_site"]) == {"site-1", "site-2"}
@@ -71,6 +71,24 @@ def test_the_summary_keeps_the_contract(exports: tuple[str, ...], tmp_path: Path
     for percentiles in (*spread.values(), found["rmse_30_of_patients"]):
         assert sorted(percentiles.values()) == list(percentiles.values())
     assert found["worst_site"] in page
+
+
+def test_what_takes_minutes_is_fitted_only_if_asked_for(
+    exports: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simulations.forecast_baselines.ARIMA_WINDOWS", 2)
+    monkeypatch.setattr("simulations.baselines.LEAST_STEPS", 1)
+    monkeypatch.setattr("simulations.baselines.PASSES", 1)
+    asked = run(exports, tmp_path / "asked", baselines=True)
+    assert set(asked["baselines"]) >= {"last_value", "linear_ar", "linear_ar_pooled", "arima", "pooled", "local"}
+
+
+def test_heldout_patients_may_be_a_raw_export(exports: tuple[str, ...], tmp_path: Path) -> None:
+    found = run(exports[:1], tmp_path / "out", heldout=exports[1])
+    assert found["status"] == "completed"
+    assert math.isfinite(found["metrics"]["skill_30"])
+    with pytest.raises(IntakeError, match="among the training patients of site-1"):
+        run(exports[:1], tmp_path / "same", heldout=exports[0])
 
 
 def test_it_starts_from_the_public_weights_unless_told_otherwise(exports: tuple[str, ...], tmp_path: Path) -> None:

@@ -112,6 +112,11 @@ def test_baselines_stand_beside_the_model(
     assert summary["baselines"]["size_only"]["auroc"]["value"] > 0.9  # the fixture's nodules differ by size
 
 
+def test_only_what_takes_no_training_is_compared_with_unasked(data: tuple[str, ...], tmp_path: Path) -> None:
+    summary = start(simulation(data), tmp_path / "out", DISPLAY)
+    assert set(summary["baselines"]) == {"size_only"}
+
+
 def test_heldout_patients_are_nobodys_training_patients(data: tuple[str, ...], tmp_path: Path) -> None:
     start(simulation(data), tmp_path / "out", DISPLAY)
     stores = [open_store(path, "ct-nodules") for path in sorted((tmp_path / "out" / "sites").iterdir())]
