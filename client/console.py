@@ -11,9 +11,13 @@ from shared.errors import StorageError
 
 if TYPE_CHECKING:
     from client.site import Site
+    from shared.provenance.signing import Trusted
 
 CONSOLE, ERRORS = Console(soft_wrap=True), Console(stderr=True)
 SiteFolder = Annotated[Path, typer.Argument(metavar="SITE", help="The site's folder.")]
+TrustingSite = Annotated[
+    Path | None, typer.Option("--site", help="Verify the model by the keys that this site trusts.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
@@ -24,6 +28,27 @@ def open_site(folder: Path) -> "Site":
     if not (folder / POLICY).exists():
         raise StorageError(f"There is no site at {folder}. Make one with fedward-site init.")
     return Site(folder)
+
+
+def trust_of(site: Path | None) -> "Trusted":
+    """Return the keys that a site trusts to sign checkpoints; none without a site.
+
+    Raises:
+        StorageError: If there is no such site, or its signing.pub is damaged.
+    """
+    from shared.provenance.signing import SIGNING_PUB, read_trusted
+
+    if site is None:
+        return ()
+    if not (site / "site.toml").exists():
+        raise StorageError(f"There is no site at {site}. Make one with fedward-site init.")
+    return read_trusted(site / SIGNING_PUB)
+
+
+def doubt(text: str | None) -> None:
+    """Tell the steward plainly where nobody answers for a model."""
+    if text:
+        warn(text)
 
 
 def say(text: str, style: str | None = None) -> None:

@@ -4,6 +4,7 @@ import csv
 import io
 import secrets
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ from torch import nn
 from client.intake.annotations import COLUMNS
 from client.intake.nodules import IntakeReport, prepare_nodules
 from client.intake.pseudonyms import SECRET_BYTES
-from client.trained import load_trained
+from client.trained import Trained, load_trained
 from shared.errors import IntakeError
 from shared.files import storage_errors, write_atomic
+from shared.provenance.signing import Trusted
 from shared.records import RecordStore
 from shared.tasks.nodule_classification import score_records
 
@@ -23,7 +25,15 @@ _UNUSED_MALIGNANCY = "1"
 
 
 def predict(
-    checkpoint: Path, dicom_dir: Path, annotations: Path, out: Path, *, secret: bytes | None = None, workers: int = 1
+    checkpoint: Path,
+    dicom_dir: Path,
+    annotations: Path,
+    out: Path,
+    *,
+    secret: bytes | None = None,
+    workers: int = 1,
+    trusted: Trusted = (),
+    on_doubt: Callable[[str], object] | None = None,
 ) -> IntakeReport:
     """Write the probability of malignancy of every annotated nodule to ``out``, and return what intake counted.
 
@@ -34,13 +44,18 @@ def predict(
         out: CSV with one line a nodule.
         secret: Of the site, so that a patient has the same pseudonym as in its store; by default a fresh one.
         workers: Processes that read and decode.
+        trusted: The keys of which one must have signed the checkpoint, if there are any.
+        on_doubt: Told, before anything is read, why nobody answers for the checkpoint.
 
     Raises:
-        StorageError: If the checkpoint is damaged or ``out`` cannot be written.
+        StorageError: If the checkpoint is damaged or not signed as it must be, or ``out`` cannot be written.
         IntakeError: If no scan is usable.
         PlanError: If the task has no scans to score.
     """
-    model = load_model(checkpoint)
+    trained = load_model(checkpoint, trusted=trusted)
+    if trained.doubt and on_doubt:
+        on_doubt(trained.doubt)
+    model = trained.model
     with storage_errors(out), tempfile.TemporaryDirectory(prefix=".predict-", dir=out.resolve().parent) as folder:
         marked = Path(folder) / "annotations.csv"
         _write_positions(annotations, marked)
@@ -50,9 +65,14 @@ def predict(
     return report
 
 
-def load_model(checkpoint: Path) -> nn.Module:
-    """Return the model of a checkpoint, ready to score. Raises StorageError or PlanError."""
-    return load_trained(checkpoint, "nodule-classification", "score nodules").model
+def load_model(checkpoint: Path, *, trusted: Trusted = ()) -> Trained:
+    """Return the model of a checkpoint, ready to score; see :func:`client.trained.load_trained`.
+
+    Raises:
+        StorageError: If it is damaged, or not signed by one of the ``trusted`` keys, if there are any.
+        PlanError: If it is of another task.
+    """
+    return load_trained(checkpoint, "nodule-classification", "score nodules", trusted=trusted)
 
 
 def _write_positions(annotations: Path, target: Path) -> None:

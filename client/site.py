@@ -4,6 +4,7 @@ site.toml        the policy (client.config)
 store/           the prepared store (shared.records)
 ledger.sqlite    the privacy ledger (client.ledger)
 audit.jsonl      the audit log (client.audit)
+signing.pub      the keys trusted to sign checkpoints, if any (shared.provenance.signing)
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from flwr.app import RecordDict
 from client.audit import AuditLog, AuditSession
 from client.augmentation import Augmented, Synthetic, load_synthetic
 from client.chain import Head
-from client.config import SitePolicy, is_name
+from client.config import SitePolicy
 from client.ledger import Ledger, ReleaseRequest, Reservation
 from client.policy import check_budget, check_hours, check_plan, check_weights
 from client.training import Randomness, train_round
@@ -30,6 +31,8 @@ from shared.dp.noise import KEY_BYTES
 from shared.errors import ErrorCode, PolicyError, ProtocolError
 from shared.messages import PlanQuery, SiteOffer, TrainReply, TrainRequest
 from shared.plan import RunPlan
+from shared.provenance.bounded import is_name
+from shared.provenance.signing import SIGNING_PUB, Trusted, read_trusted
 from shared.records import RecordStore
 from shared.tasks.base import Task
 from shared.tasks.registry import find_task
@@ -82,6 +85,11 @@ class Site:
         """The hospital's prepared patients."""
         return RecordStore.open(self.folder / STORE)
 
+    @property
+    def trusted(self) -> Trusted:
+        """The keys that this hospital trusts to sign checkpoints; none if it was given none."""
+        return read_trusted(self.folder / SIGNING_PUB)
+
     def synthetic(self, task: Task) -> Synthetic | None:
         """The synthetic patients that ``augment-with`` adds to a task's; ``None`` if there are none.
 
@@ -91,7 +99,7 @@ class Site:
         """
         if not (self.policy.augment_with and task.augmented_by):
             return None
-        return load_synthetic(self.folder / self.policy.augment_with, task, self.policy)
+        return load_synthetic(self.folder / self.policy.augment_with, task, self.policy, self.trusted)
 
     def check_augmentation(self) -> None:
         """Check at the start that ``augment-with`` can be obeyed, rather than when a run begins.

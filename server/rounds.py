@@ -12,10 +12,11 @@ import logging
 import math
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Message, MessageType
 from flwr.serverapp.strategy import Strategy
 from torch import nn
@@ -23,6 +24,7 @@ from torch import nn
 from server.checkpoints import Checkpoint, latest_checkpoint, load_strategy, load_weights, save_checkpoint
 from server.cohort import Cohort, Member
 from server.exchange import SIMULATED, Grid, Question, Timing, exchange
+from server.lineage import descent
 from server.registry import (
     ASKED,
     COMPLETED,
@@ -39,6 +41,7 @@ from server.strategies import Replies, collect, make_strategy, moments, restore_
 from shared.errors import ErrorCode, FederationError, PlanError, ProtocolError, StorageError
 from shared.messages import TrainRequest
 from shared.plan import RunPlan
+from shared.provenance.ancestry import card_of
 from shared.records import RecordStore
 from shared.tasks.base import Evaluation, Task
 from shared.tasks.registry import find_task
@@ -63,6 +66,8 @@ class Job:
         max_share: No site's share of an average passes it, or an equal share if that is more; in (0, 1].
         max_update_norm: Cap on the L2 norm of a site's update; ``None`` takes what the plan implies.
         timing: How patient the server is; by default as suits a federation, or a simulation.
+        signer: Signs the checkpoints; ``None`` leaves them unsigned.
+        keys: SHA-256 of the sites' public keys by name, where the server knows them.
 
     Raises:
         PlanError: If a limit is impossible.
@@ -77,6 +82,8 @@ class Job:
     max_share: float = 1.0
     max_update_norm: float | None = None
     timing: Timing | None = None
+    signer: Ed25519PrivateKey | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0.0 < self.max_share <= 1.0:
@@ -272,17 +279,22 @@ def _record(run: _Run, progress: Progress, row: RoundRow) -> None:
     if row.evaluation:
         progress.note(row.round, row.evaluation.value(run.task.metric))
     run.register(row)
-    epsilon = run.job.plan.epsilon(row.round)
+    plan = run.job.plan
+    spent = run.registry.rounds_by_site(run.job.run, row.round)
+    ancestry = descent(run.job.folder, run.job.run, plan, spent, run.job.keys)
+    card = card_of(ancestry)
     save_checkpoint(
         run.job.folder / "checkpoints",
         progress.model,
         run=run.job.run,
         number=row.round,
         task=run.task.name,
-        plan_digest=run.job.plan.digest,
+        plan_digest=plan.digest,
         strategy_state=moments(run.strategy),
-        epsilon=epsilon if math.isfinite(epsilon) else None,
-        delta=run.job.plan.delta,
+        epsilon=card.epsilon if card.private else None,
+        delta=card.delta,
+        ancestry=ancestry,
+        signer=run.job.signer,
     )
 
 
