@@ -52,7 +52,7 @@ def predict(
         IntakeError: If no scan is usable.
         PlanError: If the task has no scans to score.
     """
-    trained = load_model(checkpoint, trusted=trusted)
+    trained = _opened(checkpoint, trusted)
     if trained.doubt and on_doubt:
         on_doubt(trained.doubt)
     model = trained.model
@@ -65,13 +65,12 @@ def predict(
     return report
 
 
-def load_model(checkpoint: Path, *, trusted: Trusted = ()) -> Trained:
-    """Return the model of a checkpoint, ready to score; see :func:`client.trained.load_trained`.
+def load_model(checkpoint: Path) -> nn.Module:
+    """Return the model of a checkpoint, ready to score, whoever signed it. Raises StorageError or PlanError."""
+    return _opened(checkpoint, ()).model
 
-    Raises:
-        StorageError: If it is damaged, or not signed by one of the ``trusted`` keys, if there are any.
-        PlanError: If it is of another task.
-    """
+
+def _opened(checkpoint: Path, trusted: Trusted) -> Trained:
     return load_trained(checkpoint, "nodule-classification", "score nodules", trusted=trusted)
 
 

@@ -94,5 +94,5 @@ def load_generator(
 
 def _promise(sidecar: Sidecar | None) -> str:
     if sidecar is None or sidecar.epsilon is None or sidecar.delta is None:
-        return "no epsilon is guaranteed"
+        return "epsilon not stated" if sidecar is None or sidecar.ancestry is None else "no epsilon is guaranteed"
     return f"differentially private for every patient, epsilon {sidecar.epsilon:.4g} at delta {sidecar.delta:.4g}"

@@ -28,7 +28,7 @@ PLAN = RunPlan(
 KEYS = {
     "task", "run", "status", "rounds_completed", "seed", "plan_digest", "sites", "metrics", "by_group",
     "by_site", "worst_site", "rmse_30_of_patients", "rmse_30_of_patients_by_site", "baselines", "timings",
-    "peak_rss_mib", "start", "data", "checkpoint",
+    "peak_rss_mib", "start", "card", "data", "checkpoint",
 }  # fmt: skip
 
 
