@@ -12,7 +12,8 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from shared.accounting import MAX_NOISE_MULTIPLIER, Mechanism, epsilon_of
-from shared.errors import PlanError
+from shared.errors import PlanError, StorageError
+from shared.provenance.bounded import parse_json
 
 OPTIMIZERS = ("adam", "sgd")
 SCHEDULES = ("constant", "linear")
@@ -199,11 +200,9 @@ class RunPlan:
             PlanError: With a sentence that names the field.
         """
         try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise PlanError("The plan is not valid JSON.") from error
-        if not isinstance(values, dict):
-            raise PlanError("The plan must be a JSON object.")
+            values = parse_json(text, "The plan")
+        except StorageError as error:
+            raise PlanError(f"The plan is not valid JSON of a plan: {error}") from error
         return cls.from_mapping(values)
 
     @classmethod

@@ -37,6 +37,7 @@ from shared.files import storage_errors, write_atomic
 from shared.messages import PlanQuery
 from shared.plan import RANDOM_START, RunPlan
 from shared.provenance.ancestry import PUBLIC, SHIPPED, Ancestry
+from shared.provenance.bounded import parse_json
 from shared.records import RecordStore
 from shared.tasks.registry import find_task
 from simulations.baselines import judge_baselines
@@ -127,7 +128,7 @@ class Simulation:
             StorageError: If there is nothing to resume.
         """
         try:
-            values = json.loads((out / "simulation.json").read_bytes())
+            values = parse_json((out / "simulation.json").read_bytes(), "simulation.json")
             return cls(**{**values, "epsilon": float(values["epsilon"]), "data": tuple(values["data"])})
         except OSError as error:
             raise StorageError(f"There is no simulation to resume in {out}.") from error
@@ -264,7 +265,7 @@ def read_plan(path: Path) -> RunPlan:
         StorageError: If the file is damaged or was changed.
     """
     try:
-        values = json.loads(path.read_bytes())
+        values = parse_json(path.read_bytes(), f"The plan {path}")
         plan = RunPlan.from_mapping({k: v for k, v in values.items() if k not in ("digest", "epsilon")})
         intact = plan.digest == values["digest"]
     except (OSError, ValueError, KeyError, AttributeError, PlanError) as error:

@@ -13,6 +13,7 @@ from client.site import open_books
 from shared.drafting import DELTA_SHARE
 from shared.errors import FederationError, IntakeError, StorageError
 from shared.files import write_atomic
+from shared.provenance.bounded import parse_json
 from shared.provenance.signing import SIGNING_PUB, public_line
 from shared.records import RecordStore, write_store
 from shared.tasks.cgm_windows import SITE
@@ -63,7 +64,7 @@ class Federation:
         if not path.exists():
             return None
         try:
-            values = json.loads(path.read_bytes())
+            values = parse_json(path.read_bytes(), str(path))
             return cls(tuple(values["names"]), tuple(values["declared_patients"]), folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StorageError(f"{path} is damaged. Start again with another --out.") from error

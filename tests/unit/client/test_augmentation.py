@@ -281,7 +281,7 @@ def test_a_generators_epsilon_counts_only_under_a_trusted_signature(checkpoint: 
 def test_a_model_that_was_fitted_in_a_hospital_augments_nothing(checkpoint: Path) -> None:
     """Its mark frees it from a signature; it must not be a way around one."""
     checkpoint.write_bytes(save_personal(GENERATOR.build().state_dict()))
-    describe(checkpoint)
+    describe(checkpoint, personal=True, patient="everybody")
     with pytest.raises(PolicyError, match="needs a checkpoint that the server signed"):
         drawn_from(checkpoint)
 

@@ -278,7 +278,7 @@ def test_every_line_has_one_fate(trained: Trained) -> None:
 
 
 def test_a_late_reading_warns_nobody_of_the_past(trained: Trained) -> None:
-    rows = [f"P,{stamp(5 * k)},120" for k in range(40)]
+    rows = [f"P,{stamp(5 * k)},{120 + k % 2}" for k in range(40)]
     watch = Watch(trained, DEFAULT_RULES, Memory(None), now=lambda: NOW_S)
     assert watch.take(Lines(rows)) == []
     assert watch.take(Lines([f"P,{stamp(5 * 39 - 2)},50"])) == []
