@@ -57,8 +57,8 @@ def init(
     from server.config import SETTINGS, make_server
 
     config = make_server(server, name, fleet_port, heldout)
-    say(f"Made {server}. Give each hospital {server / 'ca.crt'}, {server / 'signing.pub'} and the address")
-    say(f"{name[0]}:{config.fleet_port}.")
+    address = f"{name[0]}:{config.fleet_port}"
+    say(f"Made {server}. Give each hospital {server / 'ca.crt'}, {server / 'signing.pub'} and the address {address}.")
     say(f"Settings are in {server / SETTINGS}. Back up the whole folder; it holds private keys.")
 
 
