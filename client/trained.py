@@ -84,8 +84,8 @@ def _doubt(sidecar: Sidecar, name: str, trusted: Trusted, *, personal: bool) -> 
         return f"{name} was fitted in a hospital and is signed by nobody. Use it only if it was fitted here."
     if not trusted:
         return (
-            f"Nobody answers for {name}: no key is trusted here that could have signed it. Give --site SITE, after "
-            "fedward-site trust SITE signing.pub."
+            f"Nobody answers for {name}: no key is trusted here that could have signed it. Run fedward-site trust SITE "
+            "signing.pub once, and give --site SITE."
         )
     require_signature(sidecar, trusted, name)
     return None
