@@ -27,7 +27,7 @@ import numpy.typing as npt
 from torch import Generator, Tensor
 
 from client.config import SitePolicy
-from client.trained import load_trained
+from client.trained import Trust, load_trained
 from shared.errors import PlanError, PolicyError
 from shared.provenance.sidecar import Sidecar
 from shared.provenance.signing import Trusted
@@ -105,7 +105,7 @@ def load_synthetic(checkpoint: Path, task: Task, policy: SitePolicy, trusted: Tr
         raise PolicyError(f"The task {source.name} draws no patients. Take augment-with out.")
     purpose = f"draw patients for {task.name}; give one of {source.name}"
     try:
-        trained = load_trained(checkpoint, source.name, purpose, trusted=trusted, most_norm=policy.max_weights_norm)
+        trained = load_trained(checkpoint, source.name, purpose, Trust(trusted, policy.max_weights_norm))
     except PlanError as error:
         raise PolicyError(str(error)) from error
     if trained.doubt:

@@ -179,7 +179,7 @@ def synthesise(
     """Draw synthetic nodules from a trained generator; every file says that it shows no patient."""
     from client.synthesise import synthesise as draw
 
-    written = draw(checkpoint, count, label, out, seed, trusted=trust_of(site))
+    written = draw(checkpoint, count, label, out, seed, trust=trust_of(site))
     doubt(written.doubt)
     for path in (written.sheet, written.arrays, written.dicom):
         say(str(path))
@@ -205,7 +205,7 @@ def predict(
     marked = find_annotations(annotations, dicom_dir)
     done = score(
         checkpoint, dicom_dir, marked, out,
-        secret=secret, workers=_workers(workers), trusted=trust_of(site), on_doubt=warn,
+        secret=secret, workers=_workers(workers), trust=trust_of(site), on_doubt=warn,
     )  # fmt: skip
     _show_intake(done)
     say(f"predictions: {out}")

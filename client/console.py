@@ -11,7 +11,7 @@ from shared.errors import StorageError
 
 if TYPE_CHECKING:
     from client.site import Site
-    from shared.provenance.signing import Trusted
+    from client.trained import Trust
 
 CONSOLE, ERRORS = Console(soft_wrap=True), Console(stderr=True)
 SiteFolder = Annotated[Path, typer.Argument(metavar="SITE", help="The site's folder.")]
@@ -30,19 +30,19 @@ def open_site(folder: Path) -> "Site":
     return Site(folder)
 
 
-def trust_of(site: Path | None) -> "Trusted":
-    """Return the keys that a site trusts to sign checkpoints; none without a site.
+def trust_of(site: Path | None) -> "Trust":
+    """Return what a site asks of a model: a signature of a key it trusts, and a norm within its rules.
 
     Raises:
         StorageError: If there is no such site, or its signing.pub is damaged.
+        PolicyError: If its site.toml is wrong.
     """
-    from shared.provenance.signing import SIGNING_PUB, read_trusted
+    from client.trained import NO_SITE, Trust
 
     if site is None:
-        return ()
-    if not (site / "site.toml").exists():
-        raise StorageError(f"There is no site at {site}. Make one with fedward-site init.")
-    return read_trusted(site / SIGNING_PUB)
+        return NO_SITE
+    opened = open_site(site)
+    return Trust(opened.trusted, opened.policy.max_weights_norm)
 
 
 def doubt(text: str | None) -> None:

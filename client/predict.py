@@ -13,10 +13,9 @@ from torch import nn
 from client.intake.annotations import COLUMNS
 from client.intake.nodules import IntakeReport, prepare_nodules
 from client.intake.pseudonyms import SECRET_BYTES
-from client.trained import Trained, load_trained
+from client.trained import NO_SITE, Trained, Trust, load_trained
 from shared.errors import IntakeError
 from shared.files import storage_errors, write_atomic
-from shared.provenance.signing import Trusted
 from shared.records import RecordStore
 from shared.tasks.nodule_classification import score_records
 
@@ -32,7 +31,7 @@ def predict(
     *,
     secret: bytes | None = None,
     workers: int = 1,
-    trusted: Trusted = (),
+    trust: Trust = NO_SITE,
     on_doubt: Callable[[str], object] | None = None,
 ) -> IntakeReport:
     """Write the probability of malignancy of every annotated nodule to ``out``, and return what intake counted.
@@ -44,7 +43,7 @@ def predict(
         out: CSV with one line a nodule.
         secret: Of the site, so that a patient has the same pseudonym as in its store; by default a fresh one.
         workers: Processes that read and decode.
-        trusted: The keys of which one must have signed the checkpoint, if there are any.
+        trust: What is asked of the checkpoint.
         on_doubt: Told, before anything is read, why nobody answers for the checkpoint.
 
     Raises:
@@ -52,7 +51,7 @@ def predict(
         IntakeError: If no scan is usable.
         PlanError: If the task has no scans to score.
     """
-    trained = _opened(checkpoint, trusted)
+    trained = _opened(checkpoint, trust)
     if trained.doubt and on_doubt:
         on_doubt(trained.doubt)
     model = trained.model
@@ -67,11 +66,11 @@ def predict(
 
 def load_model(checkpoint: Path) -> nn.Module:
     """Return the model of a checkpoint, ready to score, whoever signed it. Raises StorageError or PlanError."""
-    return _opened(checkpoint, ()).model
+    return _opened(checkpoint, NO_SITE).model
 
 
-def _opened(checkpoint: Path, trusted: Trusted) -> Trained:
-    return load_trained(checkpoint, "nodule-classification", "score nodules", trusted=trusted)
+def _opened(checkpoint: Path, trust: Trust) -> Trained:
+    return load_trained(checkpoint, "nodule-classification", "score nodules", trust)
 
 
 def _write_positions(annotations: Path, target: Path) -> None:

@@ -9,13 +9,12 @@ import numpy as np
 import torch
 
 from client.imaging.synthetic import Origin, write_synthetic_series
-from client.trained import load_trained
+from client.trained import NO_SITE, Trust, load_trained
 from shared.errors import PlanError, StorageError
 from shared.files import storage_errors, write_atomic
 from shared.images import grey_png, grid
 from shared.models.gan import ConditionalGan
 from shared.provenance.sidecar import Sidecar
-from shared.provenance.signing import Trusted
 from shared.synthesis import CLASSES, GRID_COLUMNS, generated_patches
 from shared.tasks.ct_synthesis import TASK
 
@@ -43,7 +42,7 @@ class Synthesised:
 
 
 def synthesise(
-    checkpoint: Path, count: int, label: str, out: Path, seed: int = 0, *, trusted: Trusted = ()
+    checkpoint: Path, count: int, label: str, out: Path, seed: int = 0, *, trust: Trust = NO_SITE
 ) -> Synthesised:
     """Draw ``count`` images of one class from the averaged generator and write them into ``out``.
 
@@ -53,7 +52,7 @@ def synthesise(
         label: ``benign`` or ``malignant``.
         out: New or empty folder.
         seed: The same seed draws the same images.
-        trusted: The keys of which one must have signed the checkpoint; without any, ``doubt`` says so.
+        trust: What is asked of the checkpoint.
 
     Raises:
         PlanError: If count or label is impossible, or the checkpoint is of another task.
@@ -63,7 +62,7 @@ def synthesise(
         raise PlanError(f"There is no label {label!r}; the labels are: {', '.join(CLASSES)}.")
     if not 1 <= count <= MOST_IMAGES:
         raise PlanError(f"The number of images must lie between 1 and {MOST_IMAGES}, not {count}.")
-    model, origin, doubt = load_generator(checkpoint, seed, trusted=trusted)
+    model, origin, doubt = load_generator(checkpoint, seed, trust=trust)
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
@@ -80,13 +79,13 @@ def synthesise(
 
 
 def load_generator(
-    checkpoint: Path, seed: int = 0, *, trusted: Trusted = ()
+    checkpoint: Path, seed: int = 0, *, trust: Trust = NO_SITE
 ) -> tuple[ConditionalGan, Origin, str | None]:
     """Return the model of a checkpoint, what its images' files say of it, and any doubt about that.
 
     Raises as :func:`synthesise` does.
     """
-    trained = load_trained(checkpoint, TASK.name, f"draw images; give one of {TASK.name}", trusted=trusted)
+    trained = load_trained(checkpoint, TASK.name, f"draw images; give one of {TASK.name}", trust)
     run = (trained.sidecar and trained.sidecar.run) or "unnamed"
     origin = Origin(f"{TASK.name}/{run}", trained.sha256, _promise(trained.sidecar), seed)
     return cast(ConditionalGan, trained.model), origin, trained.doubt

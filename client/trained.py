@@ -43,18 +43,32 @@ class Trained:
         return pseudonym(salt, PatientIdentity("", patient_id)) == key
 
 
-def load_trained(
-    checkpoint: Path, task_name: str, purpose: str, *, trusted: Trusted = (), most_norm: float | None = None
-) -> Trained:
+@dataclass(frozen=True)
+class Trust:
+    """What a hospital asks of a model before it opens it.
+
+    Attributes:
+        keys: The keys of which one must have signed it. Without any, it is opened and its ``doubt`` says so. A model
+            that was fitted in this hospital is signed by nobody.
+        most_norm: Largest L2 norm of its weights, ``max-weights-norm`` of ``site.toml``; None for no such bound.
+    """
+
+    keys: Trusted = ()
+    most_norm: float | None = None
+
+
+NO_SITE = Trust()
+"""Where no hospital's rules are known."""
+
+
+def load_trained(checkpoint: Path, task_name: str, purpose: str, trust: Trust = NO_SITE) -> Trained:
     """Open a checkpoint by the JSON beside it, which names its task and its SHA-256.
 
     Args:
         checkpoint: Weights as safetensors.
         task_name: The task that the model must be of.
         purpose: What it is to do, for the sentence that refuses another task's: "score nodules".
-        trusted: The keys of which one must have signed it. Without any, the model is opened and its ``doubt`` says
-            so. A model that was fitted in this hospital is signed by nobody.
-        most_norm: Largest norm of its weights, ``max-weights-norm`` of ``site.toml``.
+        trust: What is asked of it.
 
     Raises:
         StorageError: If a file is missing, damaged, changed, of another model or not signed as it must be.
@@ -71,11 +85,11 @@ def load_trained(
     if weights.sha256 != sidecar.sha256:
         raise StorageError(f"The checkpoint {checkpoint} was changed after it was written. Copy it again.")
     personal = is_personal(weights.metadata)
-    doubt = _doubt(sidecar, checkpoint.name, trusted, personal=personal)
+    doubt = _doubt(sidecar, checkpoint.name, trust.keys, personal=personal)
     if sidecar.task != task_name:
         raise PlanError(f"A model of the task {sidecar.task} does not {purpose}.")
     model = find_task(task_name).build()
-    load_into(model, weights, most_norm=most_norm)
+    load_into(model, weights, most_norm=trust.most_norm)
     return Trained(model.eval(), weights.sha256, _owner(sidecar, personal=personal), sidecar, doubt)
 
 

@@ -206,9 +206,10 @@ def synthesise(
 ) -> None:
     """Draw synthetic nodules from a trained generator; every file says that it shows no patient."""
     from client.synthesise import synthesise as draw
+    from client.trained import Trust
     from simulations.sources import keys_beside
 
-    written = draw(checkpoint, count, label, out, seed, trusted=keys_beside(checkpoint))
+    written = draw(checkpoint, count, label, out, seed, trust=Trust(keys_beside(checkpoint)))
     for path in (written.sheet, written.arrays, written.dicom):
         _CONSOLE.print(str(path), highlight=False, markup=False)
 

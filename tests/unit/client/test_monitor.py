@@ -29,6 +29,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from client import cli
+from client.config import SitePolicy
 from client.intake.glucose import prepare_glucose
 from client.intake.pseudonyms import PatientIdentity, pseudonym
 from client.monitor.alarm import DEFAULT_RULES, MODEL_FAILED, NO_FORECAST, SENSOR_STUCK, Stage
@@ -819,7 +820,8 @@ def test_the_command_verifies_the_model_by_the_keys_of_the_site(
     (tmp_path / "s.csv").write_text("")
     for name in ("ours", "theirs", "site"):
         (tmp_path / name).mkdir()
-    (tmp_path / "site" / "site.toml").touch()
+    rules = SitePolicy(name="h1", declared_patients=10, tasks=(TASK.name,), max_epsilon=8.0)
+    rules.write(tmp_path / "site" / "site.toml")
     ours, theirs = ensure_signing_key(tmp_path / "ours"), ensure_signing_key(tmp_path / "theirs")
     watched = [checkpoint, "--from", tmp_path / "s.csv", "--once", "--site", tmp_path / "site"]
     assert "Nobody answers" in monitor(*watched)[2]  # the site trusts nobody yet
@@ -834,6 +836,10 @@ def test_the_command_verifies_the_model_by_the_keys_of_the_site(
     write_sidecar(sidecar, signed(plain, ours))
     code, _, err = monitor(*watched)
     assert (code, "Nobody answers" in err) == (0, False)
+    replace(rules, max_weights_norm=0.1).write(tmp_path / "site" / "site.toml")
+    code, _, err = monitor(*watched)
+    assert (code, "above max-weights-norm 0.1" in err) == (1, True)
+    rules.write(tmp_path / "site" / "site.toml")
     sidecar.write_text(sidecar.read_text().replace('"round": 1', '"round": 2'))
     code, _, err = monitor(*watched)
     assert (code, "signature is wrong" in err) == (1, True)
