@@ -29,8 +29,8 @@ from torch import Generator, Tensor
 from client.config import SitePolicy
 from client.trained import Trust, load_trained
 from shared.errors import PlanError, PolicyError
+from shared.provenance.keys import Trusted
 from shared.provenance.sidecar import Sidecar
-from shared.provenance.signing import Trusted
 from shared.records import RecordStore
 from shared.tasks.base import Batch, PatientDataset, Task
 from shared.tasks.registry import find_task

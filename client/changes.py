@@ -15,7 +15,7 @@ from client.site import POLICY, Site
 from shared.drafting import DELTA_SHARE
 from shared.errors import PolicyError, StorageError
 from shared.files import storage_errors, sync_directory, write_atomic
-from shared.provenance.signing import SIGNING_PUB, fingerprint, public_line, read_trusted
+from shared.provenance.keys import SIGNING_PUB, fingerprint, public_line, read_trusted
 
 _OLD_KEY = "site.key.old"
 

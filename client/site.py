@@ -4,7 +4,7 @@ site.toml        the policy (client.config)
 store/           the prepared store (shared.records)
 ledger.sqlite    the privacy ledger (client.ledger)
 audit.jsonl      the audit log (client.audit)
-signing.pub      the keys trusted to sign checkpoints, if any (shared.provenance.signing)
+signing.pub      the keys trusted to sign checkpoints, if any (shared.provenance.keys)
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from shared.errors import ErrorCode, PolicyError, ProtocolError
 from shared.messages import PlanQuery, SiteOffer, TrainReply, TrainRequest
 from shared.plan import RunPlan
 from shared.provenance.bounded import is_name
-from shared.provenance.signing import SIGNING_PUB, Trusted, read_trusted
+from shared.provenance.keys import SIGNING_PUB, Trusted, read_trusted
 from shared.records import RecordStore
 from shared.tasks.base import Task
 from shared.tasks.registry import find_task

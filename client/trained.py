@@ -8,8 +8,9 @@ from torch import nn
 from client.intake.pseudonyms import PatientIdentity, pseudonym
 from shared.errors import PlanError, StorageError
 from shared.personal import is_personal
+from shared.provenance.keys import Trusted
 from shared.provenance.sidecar import Sidecar, read_sidecar
-from shared.provenance.signing import Trusted, require_signature
+from shared.provenance.signing import require_signature
 from shared.provenance.tensors import load_into, read_weights
 from shared.tasks.registry import find_task
 

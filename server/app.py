@@ -26,7 +26,7 @@ from server.runs import RunFolder
 from shared.errors import FederationError
 from shared.logs import configure_logs
 from shared.plan import RunPlan
-from shared.provenance.signing import ensure_signing_key
+from shared.provenance.keys import ensure_signing_key
 from shared.records import RecordStore
 
 _LOG = logging.getLogger(__name__)

@@ -148,7 +148,7 @@ def start(server: Server) -> None:
     from server.config import ServerConfig
     from server.supervisor import serve_forever
     from shared.logs import configure_logs
-    from shared.provenance.signing import ensure_signing_key
+    from shared.provenance.keys import ensure_signing_key
 
     config = ServerConfig.read(server)
     ensure_signing_key(server)  # a folder of an earlier version has none

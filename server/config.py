@@ -13,7 +13,7 @@ from typing import Any
 from server.certificates import LOOPBACK_NAMES, make_certificates
 from shared.errors import PlanError, StorageError
 from shared.files import storage_errors, write_atomic, write_secret
-from shared.provenance.signing import ensure_signing_key
+from shared.provenance.keys import ensure_signing_key
 from shared.records import RecordStore
 
 SETTINGS = "server.toml"

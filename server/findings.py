@@ -11,7 +11,8 @@ from server.registry import RunRecord, SiteRow
 from server.summary import final_evaluation
 from shared.errors import PlanError
 from shared.metrics import Estimate
-from shared.provenance.ancestry import UNKNOWN, Card, card_of
+from shared.provenance.ancestry import UNKNOWN
+from shared.provenance.card import Card, card_of
 from shared.tasks.base import Evaluation
 from shared.tasks.registry import find_task
 

@@ -15,10 +15,12 @@ from server.checkpoints import load_weights
 from shared.errors import PlanError, StorageError
 from shared.files import write_atomic
 from shared.plan import RANDOM_START, RunPlan
-from shared.provenance.ancestry import OPERATOR, PUBLIC, UNKNOWN, Ancestry, PastRun, card_of, shares_of
+from shared.provenance.ancestry import OPERATOR, PUBLIC, UNKNOWN, Ancestry, PastRun, shares_of
 from shared.provenance.bounded import MOST_JSON_BYTES, read_bounded
+from shared.provenance.card import card_of
+from shared.provenance.keys import Trusted
 from shared.provenance.sidecar import Sidecar, ancestry_json, parse_ancestry, read_sidecar
-from shared.provenance.signing import Trusted, require_signature
+from shared.provenance.signing import require_signature
 from shared.tasks.registry import find_task
 
 START = "start.json"
@@ -35,16 +37,16 @@ def ancestry_of(checkpoint: Path, task: str, trusted: Trusted, *, is_public: boo
 
     Raises:
         PlanError: If its origin cannot be verified and the operator does not say that it is public; or if the
-            operator says so of a model whose signed ancestry has private runs of hospitals.
+            operator says so of a model whose signed ancestry has a run with noise.
         StorageError: If it cannot be read or does not fit the task.
     """
     sha256 = load_weights(checkpoint, find_task(task).build())
     sidecar, doubt = _verified(checkpoint, sha256, trusted)
     known = sidecar.ancestry if sidecar else None
     if is_public:
-        if known and known.runs and card_of(known).private:
+        if known and any(run.noise_multiplier for run in known.runs):  # nobody adds noise for public data
             raise PlanError(
-                f"{checkpoint.name} is signed, and its ancestry has runs of hospitals: it is not public. "
+                f"{checkpoint.name} is signed, and its ancestry has private runs of hospitals: it is not public. "
                 "Leave out --init-is-public; its epsilon is composed with the run's."
             )
         return Ancestry(PUBLIC, sha256, OPERATOR)

@@ -41,7 +41,7 @@ from server.strategies import Replies, collect, make_strategy, moments, restore_
 from shared.errors import ErrorCode, FederationError, PlanError, ProtocolError, StorageError
 from shared.messages import TrainRequest
 from shared.plan import RunPlan
-from shared.provenance.ancestry import card_of
+from shared.provenance.card import card_of
 from shared.records import RecordStore
 from shared.tasks.base import Evaluation, Task
 from shared.tasks.registry import find_task

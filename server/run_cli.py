@@ -50,8 +50,8 @@ def run(
     from server.planning import agree_plan, open_heldout, read_plan_request
     from server.runs import submit
     from server.supervisor import service_pid
-    from shared.provenance.ancestry import card_of
-    from shared.provenance.signing import ensure_signing_key, read_trusted
+    from shared.provenance.card import card_of
+    from shared.provenance.keys import ensure_signing_key, read_trusted
 
     config = ServerConfig.read(server)
     request = read_plan_request(plan)
@@ -157,7 +157,7 @@ def export(
     """Write a run's model as safetensors and ONNX, checked against one another."""
     from server.export import export_model
     from server.runs import find_run
-    from shared.provenance.signing import ensure_signing_key
+    from shared.provenance.keys import ensure_signing_key
 
     folder = find_run(server, run_name)
     checkpoint = export_model(folder.record(), folder.path, out, ensure_signing_key(server))

@@ -10,7 +10,7 @@ from server.checkpoints import Checkpoint
 from server.registry import RoundRow, RunRecord, SiteRow, finite
 from shared.files import write_atomic
 from shared.plan import RANDOM_START
-from shared.provenance.ancestry import card_of
+from shared.provenance.card import card_of
 from shared.tasks.base import Evaluation
 
 EXAMINATION = "examination"

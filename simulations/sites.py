@@ -14,7 +14,7 @@ from shared.drafting import DELTA_SHARE
 from shared.errors import FederationError, IntakeError, StorageError
 from shared.files import write_atomic
 from shared.provenance.bounded import parse_json
-from shared.provenance.signing import SIGNING_PUB, public_line
+from shared.provenance.keys import SIGNING_PUB, public_line
 from shared.records import RecordStore, write_store
 from shared.tasks.cgm_windows import SITE
 from shared.tasks.registry import find_task

@@ -10,7 +10,7 @@ from client.intake.glucose import prepare_glucose
 from client.intake.nodules import prepare_nodules
 from server.checkpoints import checkpoint_sha256
 from shared.errors import PlanError
-from shared.provenance.signing import SIGNING_PUB, Trusted, read_trusted
+from shared.provenance.keys import SIGNING_PUB, Trusted, read_trusted
 from shared.records import RecordStore
 from shared.tasks.cgm_windows import split_in_time
 from simulations.forecast_baselines import forecast_baselines

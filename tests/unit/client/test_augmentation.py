@@ -23,8 +23,9 @@ from shared.errors import PolicyError, StorageError
 from shared.messages import PlanQuery, TrainRequest
 from shared.personal import save_personal
 from shared.plan import RunPlan
+from shared.provenance.keys import SIGNING_PUB, public_line
 from shared.provenance.sidecar import Sidecar, write_sidecar
-from shared.provenance.signing import SIGNING_PUB, public_line, signed
+from shared.provenance.signing import signed
 from shared.records import RecordStore, write_store
 from shared.tasks.base import Task
 from shared.tasks.ct_nodules import UPRIGHT, is_upright

@@ -12,7 +12,7 @@ from client.keys import make_key, read_key
 from client.site import Site, open_books
 from server.members import Members, read_site_key
 from shared.errors import PolicyError, StorageError
-from shared.provenance.signing import SIGNING_PUB, ensure_signing_key, fingerprint
+from shared.provenance.keys import SIGNING_PUB, ensure_signing_key, fingerprint
 
 
 @pytest.fixture

@@ -44,8 +44,9 @@ from client.trained import Trained, load_trained
 from server.checkpoints import load_weights, save_checkpoint
 from shared.errors import PlanError, StorageError
 from shared.personal import save_personal
+from shared.provenance.keys import SIGNING_PUB, ensure_signing_key, public_line
 from shared.provenance.sidecar import read_sidecar, write_sidecar
-from shared.provenance.signing import SIGNING_PUB, ensure_signing_key, public_line, signed
+from shared.provenance.signing import signed
 from shared.records import RecordStore
 from shared.tasks.glucose_forecast import HISTORY, TASK, readings_at
 

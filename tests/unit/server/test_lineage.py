@@ -19,9 +19,11 @@ from server.runs import find_run
 from server.summary import summarise
 from shared.drafting import draft_plan
 from shared.errors import PlanError, StorageError
-from shared.provenance.ancestry import OPERATOR, PUBLIC, RANDOM, UNKNOWN, Ancestry, PastRun, Share, card_of
+from shared.provenance.ancestry import OPERATOR, PUBLIC, RANDOM, UNKNOWN, Ancestry, PastRun, Share
+from shared.provenance.card import card_of
+from shared.provenance.keys import SIGNING_KEY, SIGNING_PUB, read_trusted
 from shared.provenance.sidecar import read_sidecar
-from shared.provenance.signing import SIGNING_KEY, SIGNING_PUB, is_signed_by, read_trusted
+from shared.provenance.signing import is_signed_by
 from shared.tasks.registry import find_task
 
 TASK = "glucose-forecast"
@@ -60,8 +62,9 @@ def test_a_start_of_unknown_origin_needs_the_operators_word(tmp_path: Path) -> N
 
 
 def test_a_signed_model_of_hospitals_cannot_be_called_public(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="it is not public"):
-        ancestry_of(model_of(tmp_path, PAST), TASK, TRUSTED, is_public=True)
+    for name, runs in (("private", (PAST,)), ("mixed", (NOISELESS, PAST))):
+        with pytest.raises(PlanError, match="it is not public"):
+            ancestry_of(model_of(tmp_path / name, *runs), TASK, TRUSTED, is_public=True)
 
 
 def test_a_noiseless_start_makes_the_card_say_not_private_unless_it_is_called_public(tmp_path: Path) -> None:

@@ -12,27 +12,11 @@ from hypothesis import strategies as st
 from shared.accounting import Mechanism, epsilon_of
 from shared.errors import PlanError, StorageError
 from shared.provenance.adaptive import adaptive_epsilon_of
-from shared.provenance.ancestry import (
-    MOST_RUNS,
-    PUBLIC,
-    UNKNOWN,
-    Ancestry,
-    PastRun,
-    Share,
-    card_of,
-)
+from shared.provenance.ancestry import MOST_RUNS, PUBLIC, UNKNOWN, Ancestry, PastRun, Share
+from shared.provenance.card import card_of
+from shared.provenance.keys import SIGNING_KEY, SIGNING_PUB, ensure_signing_key, fingerprint, public_line, read_trusted
 from shared.provenance.sidecar import Sidecar, parse_sidecar
-from shared.provenance.signing import (
-    SIGNING_KEY,
-    SIGNING_PUB,
-    ensure_signing_key,
-    fingerprint,
-    is_signed_by,
-    public_line,
-    read_trusted,
-    require_signature,
-    signed,
-)
+from shared.provenance.signing import is_signed_by, require_signature, signed
 
 FIRST = PastRun("first", "1" * 64, 0.1, 1.0, 1e-3, (Share("h1", 40), Share("h2", 40)))
 SECOND = PastRun("second", "2" * 64, 0.2, 1.5, 1e-4, (Share("h1", 20), Share("h3", 20)))

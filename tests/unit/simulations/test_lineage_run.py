@@ -11,8 +11,9 @@ from rich.console import Console
 
 from shared.errors import PlanError
 from shared.provenance.ancestry import OPERATOR
+from shared.provenance.keys import SIGNING_PUB, read_trusted
 from shared.provenance.sidecar import read_sidecar
-from shared.provenance.signing import SIGNING_PUB, is_signed_by, read_trusted
+from shared.provenance.signing import is_signed_by
 from simulations.display import Display
 from simulations.run import Simulation, start
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from client.synthesise import synthesise
 from server.checkpoints import save_checkpoint
 from shared.errors import PlanError, StorageError
-from shared.provenance.signing import ensure_signing_key
+from shared.provenance.keys import ensure_signing_key
 from shared.records import RecordStore
 from shared.tasks.registry import find_task
 from simulations.display import Display
