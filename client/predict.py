@@ -65,7 +65,7 @@ def predict(
 
 
 def load_model(checkpoint: Path) -> nn.Module:
-    """Return the model of a checkpoint, ready to score, whoever signed it. Raises StorageError or PlanError."""
+    """Return the model of a checkpoint, ready to score; no signature is asked for. Raises StorageError or PlanError."""
     return _opened(checkpoint, NO_SITE).model
 
 

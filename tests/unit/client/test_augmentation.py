@@ -90,7 +90,7 @@ TRUSTED = (SIGNER.public_key(),)
 
 
 def describe(path: Path, signer: Ed25519PrivateKey = SIGNER, **changes: Any) -> None:
-    """Write a signed description, the signature of whoever holds ``signer``."""
+    """Write a description that ``signer`` signed."""
     described = {"task": GENERATOR.name, "run": "r", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     sidecar = Sidecar(**{**described, "epsilon": 9.9, "delta": 1e-3, **changes})
     write_sidecar(path.with_suffix(".json"), signed(sidecar, signer))
