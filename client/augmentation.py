@@ -11,26 +11,26 @@ everybody's do (:func:`client.training.draw_own`), and synthetic patients come f
 none of them.
 
 A checkpoint is refused whose stated epsilon or delta is above what ``site.toml`` permits for everything that leaves the
-hospital: its images may then repeat patients, of this hospital too, in whose ledger it has no line. What the JSON
-beside the weights says is its owner's word, not a proof: the steward takes checkpoints of runs whose books this
-hospital keeps or trusts. Should the checkpoint be another one when a round is repeated after a crash, that is another
-computation under the same key; no reply of the first had left.
+hospital: its images may then repeat patients, of this hospital too, in whose ledger it has no line. That epsilon is a
+claim about privacy, so it counts only under the signature of a key in the site's ``signing.pub``: the aggregator
+answers for it, over all runs that the generator comes from. Should the checkpoint be another one when a round is
+repeated after a crash, that is another computation under the same key; no reply of the first had left.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Generator, Tensor
 
 from client.config import SitePolicy
-from client.trained import load_trained
+from client.trained import Trust, load_trained
 from shared.errors import PlanError, PolicyError
+from shared.provenance.keys import Trusted
+from shared.provenance.sidecar import Sidecar
 from shared.records import RecordStore
 from shared.tasks.base import Batch, PatientDataset, Task
 from shared.tasks.registry import find_task
@@ -85,33 +85,37 @@ class Augmented:
         )
 
 
-def load_synthetic(checkpoint: Path, task: Task, policy: SitePolicy) -> Synthetic:
+def load_synthetic(checkpoint: Path, task: Task, policy: SitePolicy, trusted: Trusted) -> Synthetic:
     """Return the synthetic patients of a checkpoint for ``task``; the same checkpoint always gives the same ones.
 
     Args:
         checkpoint: Weights of the task that can draw them, with the JSON beside them that the server wrote.
         task: Names the task that can, in ``augmented_by``.
         policy: How many, and what epsilon and delta are good enough here.
+        trusted: The keys of which one must have signed it.
 
     Raises:
         PolicyError: If the task takes no synthetic patients, or the checkpoint is not one that may draw them.
-        StorageError: If it is missing, damaged or changed.
+        StorageError: If it is missing, damaged, changed or not signed.
     """
     if not task.augmented_by:
         raise PolicyError(f"The task {task.name} cannot be augmented with synthetic patients. Take augment-with out.")
     source = find_task(task.augmented_by)
     if source.as_patients is None:
         raise PolicyError(f"The task {source.name} draws no patients. Take augment-with out.")
+    purpose = f"draw patients for {task.name}; give one of {source.name}"
     try:
-        trained = load_trained(checkpoint, source.name, f"draw patients for {task.name}; give one of {source.name}")
+        trained = load_trained(checkpoint, source.name, purpose, Trust(trusted, policy.max_weights_norm))
     except PlanError as error:
         raise PolicyError(str(error)) from error
-    _check_privacy(checkpoint, trained.described, policy)
+    if trained.doubt:
+        raise PolicyError(f"{trained.doubt} augment-with needs a checkpoint that the server signed.")
+    _check_privacy(checkpoint, trained.sidecar, policy)
     return Synthetic(trained.sha256, partial(source.as_patients, trained.model, policy.augment_patients))
 
 
-def _check_privacy(checkpoint: Path, described: Mapping[str, Any], policy: SitePolicy) -> None:
-    epsilon, delta = (_number(described.get(name)) for name in ("epsilon", "delta"))
+def _check_privacy(checkpoint: Path, sidecar: Sidecar | None, policy: SitePolicy) -> None:
+    epsilon, delta = (sidecar.epsilon, sidecar.delta) if sidecar else (None, None)
     if not (epsilon and delta):
         raise PolicyError(
             f"{checkpoint} states no epsilon and delta: it was trained without privacy, so its images may repeat "
@@ -122,9 +126,3 @@ def _check_privacy(checkpoint: Path, described: Mapping[str, Any], policy: SiteP
             f"{checkpoint} promises epsilon {epsilon:g} at delta {delta:g}; max-epsilon is {policy.max_epsilon:g} and "
             f"max-delta {policy.max_delta:g} here. Give a checkpoint with more privacy to augment-with."
         )
-
-
-def _number(value: object) -> float:
-    """Return what a JSON value states, 0 if that is no positive finite number."""
-    stated = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
-    return stated if 0.0 < stated < math.inf else 0.0

@@ -1,4 +1,4 @@
-"""Change what a hospital's enrolment says of it: its declared number of patients, or its key.
+"""Change what a hospital's enrolment says of it, its declared number of patients or its key; and whom it trusts.
 
 A running daemon keeps what it read when it started; until it is restarted the server refuses it by name.
 """
@@ -13,8 +13,9 @@ from client.config import SitePolicy
 from client.keys import PRIVATE_KEY, make_key, read_key, write_public_key
 from client.site import POLICY, Site
 from shared.drafting import DELTA_SHARE
-from shared.errors import PolicyError
+from shared.errors import PolicyError, StorageError
 from shared.files import storage_errors, sync_directory, write_atomic
+from shared.provenance.keys import SIGNING_PUB, fingerprint, public_line, read_trusted
 
 _OLD_KEY = "site.key.old"
 
@@ -42,6 +43,24 @@ def declare(folder: Path, patients: int) -> SitePolicy:
     write_atomic(path, text.encode())
     write_public_key(folder, key, after.name, patients)
     return after
+
+
+def trust(folder: Path, public: Path) -> str:
+    """Trust the key in another's ``signing.pub`` to sign checkpoints from now on; return its SHA-256.
+
+    Keys that were trusted before stay. The audit log names the new one before it counts.
+
+    Raises:
+        StorageError: If ``public`` holds no such key, or a file cannot be used.
+    """
+    fresh, path = read_trusted(public), folder / SIGNING_PUB
+    if not fresh:
+        raise StorageError(f"There is no {public}. Ask the server's operator for signing.pub.")
+    lines = dict.fromkeys(map(public_line, (*read_trusted(path), *fresh)))
+    names = " ".join(map(fingerprint, fresh))
+    Site(folder).audit.note("trusted", key=names)
+    write_atomic(path, b"".join(lines))
+    return names
 
 
 def renew_key(folder: Path) -> None:

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from client.books_cli import add_commands as add_books
-from client.console import CONSOLE, ERRORS, SiteFolder, open_site, say, warn
+from client.console import CONSOLE, ERRORS, SiteFolder, TrustingSite, doubt, open_site, say, trust_of, warn
 from client.monitor.cli import add_commands as add_monitor
 from shared.errors import FederationError, StorageError
 from shared.terminal import print_table
@@ -63,6 +63,9 @@ def init(
     server: Annotated[str, typer.Option(help="host:port of the server.")],
     ca: Annotated[Path, typer.Option(help="The server's ca.crt, from its operator.")],
     declared_patients: Annotated[int, typer.Option(min=1, help="Public, coarse number of patients.")] = 200,
+    signing_key: Annotated[
+        Path | None, typer.Option(help="The server's signing.pub, by which its models are verified.")
+    ] = None,
 ) -> None:
     """Make a site's folder: key, rules (site.toml), secret for pseudonyms, ledger, audit log."""
     from client.config import SitePolicy
@@ -75,7 +78,7 @@ def init(
     policy = SitePolicy(
         name=name, declared_patients=declared_patients, tasks=tuple(all_tasks()), max_epsilon=8.0, server=server
     )
-    init_site(site, policy, ca)
+    init_site(site, policy, ca, signing_key)
     say(f"Made {site}. Read and sign off {site / 'site.toml'}; send {site / 'site.pub'} to the server's operator.")
 
 
@@ -99,6 +102,18 @@ def new_key(site: SiteFolder) -> None:
     renew_key(open_site(site).folder)
     say("Made a new key. The server's operator revokes the site and then enrols it anew, by its new")
     say(f"{site / 'site.pub'}. Then restart the daemon.")
+
+
+@app.command(epilog="Example:  fedward-site trust H1 signing.pub")
+def trust(
+    site: SiteFolder,
+    key: Annotated[Path, typer.Argument(metavar="SIGNING.PUB", help="From the server's operator.")],
+) -> None:
+    """Trust a server's key to sign models; a model that another key signed is then refused."""
+    from client.changes import trust as add
+
+    say(f"Trusted: {add(open_site(site).folder, key)}")
+    say("Compare these digits with the server's operator, over another line than the file came by.")
 
 
 @app.command(epilog=_INTAKE_EXAMPLES)
@@ -183,11 +198,13 @@ def synthesise(
     count: Annotated[int, typer.Option(min=1, help="How many images.")] = 96,
     label: Annotated[str, typer.Option(help="'benign' or 'malignant'.")] = "malignant",
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Same seed, same images.")] = 0,
+    site: TrustingSite = None,
 ) -> None:
     """Draw synthetic nodules from a trained generator; every file says that it shows no patient."""
     from client.synthesise import synthesise as draw
 
-    written = draw(checkpoint, count, label, out, seed)
+    written = draw(checkpoint, count, label, out, seed, trust=trust_of(site))
+    doubt(written.doubt)
     for path in (written.sheet, written.arrays, written.dicom):
         say(str(path))
 
@@ -202,7 +219,7 @@ def predict(
         bool, typer.Option("--pseudonymous", help="Write pseudonyms, and neither patient number, series nor position.")
     ] = False,
     site: Annotated[
-        Path | None, typer.Option(help="With --pseudonymous: use this site's pseudonyms. Default: fresh ones.")
+        Path | None, typer.Option(help="Use this site's pseudonyms, and the keys that it trusts. Default: fresh, none.")
     ] = None,
     workers: Workers = None,
 ) -> None:
@@ -226,6 +243,8 @@ def predict(
         identities=who,
         pseudonymous=pseudonymous,
         workers=_workers(workers),
+        trust=trust_of(site),
+        on_doubt=warn,
     )
     _show_intake(scored.intake)
     say(f"malignant from a probability of {scored.point.threshold:.3f} on ({scored.point.rule})")

@@ -17,6 +17,7 @@ from client.hours import DAYS, Hours
 from shared.drafting import DELTA_SHARE
 from shared.errors import PolicyError, StorageError
 from shared.files import write_atomic
+from shared.provenance.bounded import is_name
 from shared.tasks.registry import all_tasks
 
 COMMENTS = {
@@ -144,20 +145,11 @@ class SitePolicy:
         write_atomic(path, ("# What this hospital permits. No server overrides it.\n\n" + "\n".join(keys)).encode())
 
 
-def is_name(text: str) -> bool:
-    """Whether a site or a run may be called so: it stands in files, logs and tables."""
-    return 0 < len(text) <= 128 and text.isascii() and text.strip("._-") != "" and not _strange(text)
-
-
 def is_address(text: str) -> bool:
     """Whether this is ``host:port``; an IPv6 address stands in brackets."""
     host, colon, port = text.rpartition(":")
     plausible = bool(host) and host.isascii() and host.isprintable() and " " not in host and "/" not in host
     return bool(colon) and plausible and port.isascii() and port.isdigit() and 0 < int(port) <= 65_535
-
-
-def _strange(text: str) -> bool:
-    return not all(character.isalnum() or character in "._-" for character in text)
 
 
 def _typed(key: str, value: Any, kind: Any) -> Any:

@@ -11,9 +11,13 @@ from shared.errors import StorageError
 
 if TYPE_CHECKING:
     from client.site import Site
+    from client.trained import Trust
 
 CONSOLE, ERRORS = Console(soft_wrap=True), Console(stderr=True)
 SiteFolder = Annotated[Path, typer.Argument(metavar="SITE", help="The site's folder.")]
+TrustingSite = Annotated[
+    Path | None, typer.Option("--site", help="Verify the model by the keys that this site trusts.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
@@ -24,6 +28,27 @@ def open_site(folder: Path) -> "Site":
     if not (folder / POLICY).exists():
         raise StorageError(f"There is no site at {folder}. Make one with fedward-site init.")
     return Site(folder)
+
+
+def trust_of(site: Path | None) -> "Trust":
+    """Return what a site asks of a model: a signature of a key it trusts, and a norm within its rules.
+
+    Raises:
+        StorageError: If there is no such site, or its signing.pub is damaged.
+        PolicyError: If its site.toml is wrong.
+    """
+    from client.trained import NO_SITE, Trust
+
+    if site is None:
+        return NO_SITE
+    opened = open_site(site)
+    return Trust(opened.trusted, opened.policy.max_weights_norm)
+
+
+def doubt(text: str | None) -> None:
+    """Tell the steward plainly where nobody answers for a model."""
+    if text:
+        warn(text)
 
 
 def say(text: str, style: str | None = None) -> None:

@@ -4,7 +4,7 @@ import csv
 import io
 import secrets
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from client.intake.annotations import COLUMNS, Annotation, annotation_rows
 from client.intake.identities import Identities
 from client.intake.nodules import IntakeReport, prepare_nodules
 from client.intake.pseudonyms import SECRET_BYTES, PatientIdentity
-from client.trained import Trained, load_trained
-from shared.errors import IntakeError, StorageError
+from client.trained import NO_SITE, Trained, Trust, load_trained
+from shared.errors import IntakeError
 from shared.files import storage_errors, write_atomic
 from shared.operating_point import OperatingPoint
 from shared.records import RecordStore
@@ -53,6 +53,8 @@ def predict(
     identities: Identities | None = None,
     pseudonymous: bool = False,
     workers: int = 1,
+    trust: Trust = NO_SITE,
+    on_doubt: Callable[[str], object] | None = None,
 ) -> Scored:
     """Write the probability of malignancy of every annotated nodule to ``out``, which is its owner's alone.
 
@@ -68,14 +70,18 @@ def predict(
         identities: Of the site, so that identifiers of one person have one pseudonym; by default no links.
         pseudonymous: Whether ``out`` shall hold pseudonyms and neither patient number, series nor position.
         workers: Processes that read and decode.
+        trust: What is asked of the checkpoint.
+        on_doubt: Told, before anything is read, why nobody answers for the checkpoint.
 
     Raises:
-        StorageError: If the checkpoint is damaged or ``out`` cannot be written.
+        StorageError: If the checkpoint is damaged or not signed as it must be, or ``out`` cannot be written.
         IntakeError: If no scan is usable.
         PlanError: If the task has no scans to score.
     """
-    trained = load_trained(checkpoint, TASK.name, "score nodules")
-    point = _operating_point(checkpoint, trained)
+    trained = _opened(checkpoint, trust)
+    if trained.doubt and on_doubt:
+        on_doubt(trained.doubt)
+    point = (trained.sidecar and trained.sidecar.operating_point) or _WITHOUT_REFERENCE
     places: dict[tuple[bytes, int], tuple[str, ...]] = {}
 
     def note(key: bytes, nodule: int, patient: PatientIdentity, marked: Annotation) -> None:
@@ -101,16 +107,12 @@ def predict(
 
 
 def load_model(checkpoint: Path) -> nn.Module:
-    """Return the model of a checkpoint, ready to score. Raises StorageError or PlanError."""
-    return load_trained(checkpoint, TASK.name, "score nodules").model
+    """Return the model of a checkpoint, ready to score; no signature is asked for. Raises StorageError or PlanError."""
+    return _opened(checkpoint, NO_SITE).model
 
 
-def _operating_point(checkpoint: Path, trained: Trained) -> OperatingPoint:
-    try:
-        return OperatingPoint.parse(trained.described.get("operating_point")) or _WITHOUT_REFERENCE
-    except ValueError as error:
-        sidecar = checkpoint.with_suffix(".json")
-        raise StorageError(f"{sidecar} holds a damaged operating_point. Copy it again from its source.") from error
+def _opened(checkpoint: Path, trust: Trust) -> Trained:
+    return load_trained(checkpoint, TASK.name, "score nodules", trust)
 
 
 def _write_positions(annotations: Path, target: Path) -> None:

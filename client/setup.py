@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cryptography import x509
 
+from client.changes import trust
 from client.config import SitePolicy
 from client.intake.exports import holds_glucose
 from client.intake.glucose import GlucoseReport, prepare_glucose
@@ -23,11 +24,17 @@ from shared.records import STORES, RecordStore, store_path, stores_in
 AUTHORITY, PSEUDONYMS, ANNOTATIONS = "ca.crt", "pseudonyms.key", "annotations.csv"
 
 
-def init_site(folder: Path, policy: SitePolicy, authority: Path) -> None:
+def init_site(folder: Path, policy: SitePolicy, authority: Path, signing: Path | None = None) -> None:
     """Make a site's folder: keys, policy, certificate, empty ledger and audit log. It appears whole or not at all.
 
+    Args:
+        folder: New.
+        policy: Becomes ``site.toml``.
+        authority: The server's ``ca.crt``.
+        signing: The server's ``signing.pub``, if the hospital has it.
+
     Raises:
-        StorageError: If the folder exists or cannot be written, or ``authority`` holds no PEM certificate.
+        StorageError: If the folder exists or cannot be written, or a file of the server's is not what it must be.
         PolicyError: If the name does not fit a key.
     """
     if os.path.lexists(folder):
@@ -45,6 +52,8 @@ def init_site(folder: Path, policy: SitePolicy, authority: Path) -> None:
         open_books(temporary)
         (temporary / LEDGER).chmod(0o600)  # it holds the keys of open releases
         Site(temporary).audit.note("configured", policy=policy.digest)
+        if signing is not None:
+            trust(temporary, signing)
         with storage_errors(folder):
             sync_directory(temporary)
             temporary.rename(folder)

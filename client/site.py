@@ -4,6 +4,7 @@ site.toml        the policy (client.config)
 stores/KIND/     the prepared stores, one of each kind (shared.records)
 ledger.sqlite    the privacy ledger (client.ledger)
 audit.jsonl      the audit log (client.audit)
+signing.pub      the keys trusted to sign checkpoints, if any (shared.provenance.keys)
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from flwr.app import RecordDict
 from client.audit import CHACHA20, NOISELESS, SEEDED, AuditLog, AuditSession
 from client.augmentation import Augmented, Synthetic, load_synthetic
 from client.budget import Admission, Proposal, Spending, admit
-from client.config import SitePolicy, is_name
+from client.config import SitePolicy
 from client.ledger import Ledger, ReleaseRequest, Reservation
 from client.policy import check_engine, check_hours, check_plan, check_weights
 from client.training import Randomness, check_room, train_round
@@ -30,6 +31,8 @@ from shared.dp.noise import KEY_BYTES
 from shared.errors import ErrorCode, PolicyError, ProtocolError
 from shared.messages import PlanQuery, SiteOffer, TrainReply, TrainRequest
 from shared.plan import RunPlan
+from shared.provenance.bounded import is_name
+from shared.provenance.keys import SIGNING_PUB, Trusted, read_trusted
 from shared.records import RecordStore, open_store, stores_in
 from shared.tasks.base import Task
 from shared.tasks.registry import find_task
@@ -96,6 +99,11 @@ class Site:
             self._stores[kind] = open_store(self.folder, kind)
         return self._stores[kind]
 
+    @property
+    def trusted(self) -> Trusted:
+        """The keys that this hospital trusts to sign checkpoints; none if it was given none."""
+        return read_trusted(self.folder / SIGNING_PUB)
+
     def synthetic(self, task: Task) -> Synthetic | None:
         """The synthetic patients that ``augment-with`` adds to a task's; ``None`` if there are none.
 
@@ -105,7 +113,7 @@ class Site:
         """
         if not (self.policy.augment_with and task.augmented_by):
             return None
-        return load_synthetic(self.folder / self.policy.augment_with, task, self.policy)
+        return load_synthetic(self.folder / self.policy.augment_with, task, self.policy, self.trusted)
 
     def check_augmentation(self) -> None:
         """Check at the start that ``augment-with`` can be obeyed, rather than when a run begins.

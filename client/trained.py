@@ -1,20 +1,17 @@
 """Open a trained model that a hospital was given, to use it on its own patients."""
 
-import hashlib
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import nn
 
 from client.intake.pseudonyms import PatientIdentity, pseudonym
 from shared.errors import PlanError, StorageError
-from shared.files import storage_errors
 from shared.personal import is_personal
+from shared.provenance.keys import Trusted
+from shared.provenance.sidecar import Sidecar, read_sidecar
+from shared.provenance.signing import require_signature
+from shared.provenance.tensors import load_into, read_weights
 from shared.tasks.registry import find_task
 
 EVERYBODY = "everybody"
@@ -29,13 +26,15 @@ class Trained:
         model: In evaluation mode.
         sha256: Of the weights file.
         owner: Salt and pseudonym of the one patient to whom it was fitted; None for a model for everybody here.
-        described: What the JSON beside the weights says.
+        sidecar: What the JSON beside the weights says; None for a model that was never in a file.
+        doubt: Why nobody answers for what the sidecar says, as a sentence for people; None if a trusted key does.
     """
 
     model: nn.Module
     sha256: str
     owner: tuple[bytes, bytes] | None = None
-    described: Mapping[str, Any] = field(default_factory=dict)
+    sidecar: Sidecar | None = None
+    doubt: str | None = None
 
     def fits(self, patient_id: str) -> bool:
         """Whether it may be used for this patient."""
@@ -45,46 +44,72 @@ class Trained:
         return pseudonym(salt, PatientIdentity("", patient_id)) == key
 
 
-def load_trained(checkpoint: Path, task_name: str, purpose: str) -> Trained:
+@dataclass(frozen=True)
+class Trust:
+    """What a hospital asks of a model before it opens it.
+
+    Attributes:
+        keys: The keys of which one must have signed it. Without any, it is opened and its ``doubt`` says so. A model
+            that was fitted in this hospital is signed by nobody.
+        most_norm: Largest L2 norm of its weights, ``max-weights-norm`` of ``site.toml``; None for no such bound.
+    """
+
+    keys: Trusted = ()
+    most_norm: float | None = None
+
+
+NO_SITE = Trust()
+"""Where no hospital's rules are known."""
+
+
+def load_trained(checkpoint: Path, task_name: str, purpose: str, trust: Trust = NO_SITE) -> Trained:
     """Open a checkpoint by the JSON beside it, which names its task and its SHA-256.
 
     Args:
         checkpoint: Weights as safetensors.
         task_name: The task that the model must be of.
         purpose: What it is to do, for the sentence that refuses another task's: "score nodules".
+        trust: What is asked of it.
 
     Raises:
-        StorageError: If a file is missing, damaged, changed or of another model.
+        StorageError: If a file is missing, damaged, changed, of another model or not signed as it must be.
         PlanError: If the model is of another task.
     """
-    sidecar = checkpoint.with_suffix(".json")
-    with storage_errors(checkpoint):
-        content = checkpoint.read_bytes()
-    if not sidecar.exists():
+    described = checkpoint.with_suffix(".json")
+    weights = read_weights(checkpoint)
+    if not described.exists():
         raise StorageError(
-            f"{sidecar} is missing, which says what {checkpoint.name} is. Copy both files from where the weights came."
+            f"{described} is missing, which says what {checkpoint.name} is. Copy both files from where the weights "
+            "came."
         )
-    with storage_errors(sidecar):
-        text = sidecar.read_bytes()
-    try:
-        described = json.loads(text)
-        name, sha256 = str(described["task"]), described["sha256"]
-        owner = _owner(described, personal=is_personal(content))
-    except (ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{sidecar} does not describe a checkpoint. Copy it together with the weights.") from error
-    if hashlib.sha256(content).hexdigest() != sha256:
+    sidecar = read_sidecar(described)
+    if weights.sha256 != sidecar.sha256:
         raise StorageError(f"The checkpoint {checkpoint} was changed after it was written. Copy it again.")
-    if name != task_name:
-        raise PlanError(f"A model of the task {name} does not {purpose}.")
-    model = find_task(name).build()
-    try:
-        model.load_state_dict(load(content))
-    except (SafetensorError, RuntimeError, ValueError) as error:
-        raise StorageError(f"{checkpoint} is no checkpoint of the task {name}.") from error
-    return Trained(model.eval(), str(sha256), owner, described)
+    personal = is_personal(weights.metadata)
+    doubt = _doubt(sidecar, checkpoint.name, trust.keys, personal=personal)
+    if sidecar.task != task_name:
+        raise PlanError(f"A model of the task {sidecar.task} does not {purpose}.")
+    model = find_task(task_name).build()
+    load_into(model, weights, most_norm=trust.most_norm)
+    return Trained(model.eval(), weights.sha256, _owner(sidecar, personal=personal), sidecar, doubt)
 
 
-def _owner(described: dict[str, object], *, personal: bool) -> tuple[bytes, bytes] | None:
-    if not personal or described["patient"] == EVERYBODY:
+def _doubt(sidecar: Sidecar, name: str, trusted: Trusted, *, personal: bool) -> str | None:
+    if personal:
+        return f"{name} was fitted in a hospital and is signed by nobody. Use it only if it was fitted here."
+    if not trusted:
+        return (
+            f"Nobody answers for {name}: no key is trusted here that could have signed it. Run fedward-site trust SITE "
+            "signing.pub once, and give --site SITE."
+        )
+    require_signature(sidecar, trusted, name)
+    return None
+
+
+def _owner(sidecar: Sidecar, *, personal: bool) -> tuple[bytes, bytes] | None:
+    if not personal or sidecar.patient == EVERYBODY:
         return None
-    return bytes.fromhex(str(described["salt"])), bytes.fromhex(str(described["patient"]))
+    try:
+        return bytes.fromhex(sidecar.salt or ""), bytes.fromhex(sidecar.patient or "none")
+    except ValueError as error:
+        raise StorageError("The model's description does not say whose it is. Copy it with the weights.") from error

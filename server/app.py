@@ -19,7 +19,7 @@ from server.children import die_with_parent
 from server.cohort import Member as Enrolled
 from server.config import ServerConfig
 from server.grid import ServiceGrid
-from server.members import Members, active
+from server.members import Members, active, key_digest
 from server.planning import open_heldout
 from server.registry import RUNNING
 from server.rounds import Job, run_federation
@@ -27,6 +27,7 @@ from server.runs import RunFolder
 from shared.errors import FederationError
 from shared.logs import configure_logs
 from shared.plan import RunPlan
+from shared.provenance.keys import ensure_signing_key
 from shared.records import RecordStore
 
 _LOG = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def job_from(config: Mapping[str, str]) -> Job:
         heldout=RecordStore.open(Path(config["heldout"])) if "heldout" in config else None,
         start=Path(config["start"]) if "start" in config else None,
         sensitivity=float(config["sensitivity"]) if "sensitivity" in config else None,
+        signer=ensure_signing_key(Path(config["folder"])),
     )
 
 
@@ -83,6 +85,8 @@ def _service_job(server: Path, run: str) -> Job:
         max_share=config.max_share,
         max_update_norm=config.max_update_norm or None,
         sensitivity=folder.sensitivity or config.sensitivity or None,
+        signer=ensure_signing_key(server),
+        keys={member.name: key_digest(member) for member in Members(server).all()},
     )
 
 

@@ -1,29 +1,34 @@
-"""Checkpoints of the global model: safetensors beside a JSON sidecar, atomic and durable.
+"""Checkpoints of the global model: safetensors beside a signed JSON sidecar, atomic and durable.
 
     round-00007.safetensors   the model
     round-00007.strategy      what the strategy carries from round to round, if anything, as safetensors too
-    round-00007.json          run, round, plan, and the SHA-256 of both
+    round-00007.json          what the model is and comes from, and the SHA-256 of both (shared.provenance.sidecar)
 
 The sidecar is written last, so a checkpoint exists once its sidecar does.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import nn
 
 from shared.errors import StorageError
 from shared.files import storage_errors, write_atomic
 from shared.operating_point import OperatingPoint
 from shared.personal import is_personal
+from shared.provenance.ancestry import Ancestry
+from shared.provenance.bounded import read_bounded
+from shared.provenance.sidecar import Sidecar, read_sidecar, write_sidecar
+from shared.provenance.signing import signed
+from shared.provenance.tensors import MOST_BYTES, load_into, read_weights
 
 State = Mapping[str, npt.NDArray[np.floating]]
 _KEPT = 2
@@ -42,8 +47,10 @@ class Checkpoint:
         sha256: Of the weights file.
         path: The weights file.
         strategy_sha256: Of the strategy's state, if it has one.
-        epsilon: What no site's patients have spent more than, at ``delta``; ``None`` where nothing is guaranteed.
-        delta: See :class:`shared.plan.RunPlan`.
+        epsilon: What no patient has spent more than at ``delta``, over all that the model comes from; ``None`` where
+            nothing is guaranteed.
+        delta: At which epsilon holds.
+        ancestry: What the model comes from; ``None`` in checkpoints of earlier versions.
         operating_point: How the model's score is read, if the task decides and reference patients judged it.
     """
 
@@ -56,6 +63,7 @@ class Checkpoint:
     strategy_sha256: str | None = None
     epsilon: float | None = None
     delta: float | None = None
+    ancestry: Ancestry | None = None
     operating_point: OperatingPoint | None = None
 
 
@@ -70,7 +78,9 @@ def save_checkpoint(
     strategy_state: State | None = None,
     epsilon: float | None = None,
     delta: float | None = None,
+    ancestry: Ancestry | None = None,
     operating_point: OperatingPoint | None = None,
+    signer: Ed25519PrivateKey | None = None,
 ) -> Checkpoint:
     """Write the model's and the strategy's state after round ``number``; forget all but the latest checkpoints.
 
@@ -82,58 +92,81 @@ def save_checkpoint(
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
     path = folder / f"round-{number:05d}.safetensors"
     carried = safetensors.numpy.save(dict(strategy_state)) if strategy_state else None
-    carried_digest = None if carried is None else hashlib.sha256(carried).hexdigest()
-    digest = hashlib.sha256(content).hexdigest()
-    checkpoint = Checkpoint(
-        run, number, task, plan_digest, digest, path, carried_digest, epsilon, delta, operating_point
+    sidecar = Sidecar(
+        task=task,
+        sha256=hashlib.sha256(content).hexdigest(),
+        run=run,
+        round=number,
+        plan_digest=plan_digest,
+        path=path.name,
+        strategy_sha256=None if carried is None else hashlib.sha256(carried).hexdigest(),
+        epsilon=epsilon,
+        delta=delta,
+        ancestry=ancestry,
+        operating_point=operating_point,
     )
     write_atomic(path, content)
     if carried is not None:
         write_atomic(path.with_suffix(_STRATEGY), carried)
-    sidecar = {**asdict(checkpoint), "path": path.name}
-    if operating_point is None:
-        del sidecar["operating_point"]
-    write_atomic(path.with_suffix(".json"), json.dumps(sidecar, indent=1, sort_keys=True).encode())
+    write_sidecar(path.with_suffix(".json"), signed(sidecar, signer) if signer else sidecar)
     for old in sorted(folder.glob("round-*.json"))[:-_KEPT]:
         old.unlink()
         old.with_suffix(".safetensors").unlink(missing_ok=True)
         old.with_suffix(_STRATEGY).unlink(missing_ok=True)
-    return checkpoint
+    return _checkpoint(sidecar, path)
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
     """Return the newest complete checkpoint in ``folder``, or ``None``.
 
     Raises:
-        StorageError: If a sidecar is damaged.
+        StorageError: If a sidecar is damaged, or names other weights than those beside it.
     """
     sidecars = sorted(folder.glob("round-*.json"))
     if not sidecars:
         return None
     try:
-        values = json.loads(sidecars[-1].read_bytes())
-        point = OperatingPoint.parse(values.get("operating_point"))
-        return Checkpoint(**{**values, "path": folder / values["path"], "operating_point": point})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise StorageError(f"The checkpoint description {sidecars[-1]} is damaged; remove it.") from error
+        return _checkpoint(read_sidecar(sidecars[-1]), sidecars[-1].with_suffix(".safetensors"))
+    except StorageError as error:
+        raise StorageError(f"The checkpoint description {sidecars[-1]} is damaged; remove it. {error}") from error
+
+
+def _checkpoint(sidecar: Sidecar, weights: Path) -> Checkpoint:
+    """Return a checkpoint whose weights are the file beside the sidecar, and no other that either of them names."""
+    if sidecar.run is None or sidecar.round is None or sidecar.plan_digest is None:
+        raise StorageError("It lacks run, round or plan_digest.")
+    if sidecar.path != weights.name or weights.is_symlink():
+        raise StorageError("It names weights that are not the file beside it.")
+    return Checkpoint(
+        run=sidecar.run,
+        round=sidecar.round,
+        task=sidecar.task,
+        plan_digest=sidecar.plan_digest,
+        sha256=sidecar.sha256,
+        path=weights,
+        strategy_sha256=sidecar.strategy_sha256,
+        epsilon=sidecar.epsilon,
+        delta=sidecar.delta,
+        ancestry=sidecar.ancestry,
+        operating_point=sidecar.operating_point,
+    )
 
 
 def load_weights(path: Path, model: nn.Module, sha256: str | None = None) -> str:
     """Load a safetensors file into the model and return the file's SHA-256.
 
     Raises:
-        StorageError: If the file is missing, damaged, not the expected one, of another model, or a hospital's own.
+        StorageError: If the file is missing, damaged, not the expected one, of another model, or a hospital's own, or
+            a weight is not finite or larger than any trained model's.
     """
-    content, digest = _read(path, sha256)
-    if is_personal(content):
+    weights = read_weights(path)
+    _require_same(path, weights.sha256, sha256)
+    if is_personal(weights.metadata):
         raise StorageError(
             f"{path} was fitted to patients of one hospital without privacy. It must stay there and starts no run."
         )
-    try:
-        model.load_state_dict(load(content))
-    except (SafetensorError, RuntimeError, ValueError) as error:
-        raise StorageError(f"{path} is not a checkpoint of this task's model.") from error
-    return digest
+    load_into(model, weights)
+    return weights.sha256
 
 
 def checkpoint_sha256(path: Path) -> str:
@@ -155,17 +188,14 @@ def load_strategy(checkpoint: Checkpoint) -> State:
     if checkpoint.strategy_sha256 is None:
         return {}
     path = checkpoint.path.with_suffix(_STRATEGY)
-    content, _ = _read(path, checkpoint.strategy_sha256)
+    content = read_bounded(path, MOST_BYTES)
+    _require_same(path, hashlib.sha256(content).hexdigest(), checkpoint.strategy_sha256)
     try:
         return dict(safetensors.numpy.load(content))
     except (SafetensorError, ValueError) as error:
         raise StorageError(f"{path} does not hold a strategy's state.") from error
 
 
-def _read(path: Path, sha256: str | None) -> tuple[bytes, str]:
-    with storage_errors(path):
-        content = path.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    if sha256 not in (None, digest):
+def _require_same(path: Path, found: str, wanted: str | None) -> None:
+    if wanted not in (None, found):
         raise StorageError(f"The checkpoint {path} was changed after it was written.")
-    return content, digest

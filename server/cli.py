@@ -60,7 +60,8 @@ def init(
     from server.config import SETTINGS, make_server
 
     config = make_server(server, name, fleet_port, heldout)
-    say(f"Made {server}. Give each hospital {server / 'ca.crt'} and the address {name[0]}:{config.fleet_port}.")
+    address = f"{name[0]}:{config.fleet_port}"
+    say(f"Made {server}. Give each hospital {server / 'ca.crt'}, {server / 'signing.pub'} and the address {address}.")
     say(f"Settings are in {server / SETTINGS}. Back up the whole folder; it holds private keys.")
 
 
@@ -150,8 +151,10 @@ def start(server: Server) -> None:
     from server.config import ServerConfig
     from server.supervisor import serve_forever
     from shared.logs import configure_logs
+    from shared.provenance.keys import ensure_signing_key
 
     config = ServerConfig.read(server)
+    ensure_signing_key(server)  # a folder of an earlier version has none
     configure_logs()
     if not config.heldout:
         logging.getLogger("server.cli").warning("heldout in server.toml is empty: no run's model will be validated")

@@ -13,6 +13,7 @@ from typing import Any
 from server.certificates import LOOPBACK_NAMES, make_certificates
 from shared.errors import PlanError, StorageError
 from shared.files import storage_errors, write_atomic, write_secret
+from shared.provenance.keys import ensure_signing_key
 from shared.records import RecordStore, stores_in
 from shared.suggest import suggestion
 
@@ -123,7 +124,7 @@ class ServerConfig:
 
 
 def make_server(server: Path, names: Sequence[str], fleet_port: int, heldout: Path | None) -> ServerConfig:
-    """Make a new aggregator's folder: settings, certificates, secret of its own processes.
+    """Make a new aggregator's folder: settings, certificates, signing key, secret of its own processes.
 
     Raises:
         StorageError: If ``server`` is one already or is not empty, or ``heldout`` is no prepared store.
@@ -150,6 +151,7 @@ def make_server(server: Path, names: Sequence[str], fleet_port: int, heldout: Pa
         for name in ("runs", "run"):
             (server / name).mkdir()
     make_certificates(server, config.names)
+    ensure_signing_key(server)
     write_secret(server / "executor.key", secrets.token_bytes(32))
     write_atomic(server / SETTINGS, config.to_toml().encode())  # last: with it the folder is an aggregator
     return config

@@ -1,17 +1,17 @@
 """A run's model for other runtimes: safetensors and ONNX, published only if they agree, and a card that names them."""
 
 import hashlib
-import json
 import logging
+import math
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor, nn
 
 from server.checkpoints import Checkpoint, latest_checkpoint, load_weights
@@ -19,7 +19,9 @@ from server.findings import Findings, final_round
 from server.registry import RunRecord, finite
 from server.warnings import warnings_of
 from shared.errors import FederationError, PlanError, StorageError
-from shared.files import storage_errors, sync_directory, write_atomic
+from shared.files import storage_errors, sync_directory
+from shared.provenance.sidecar import Sidecar, write_sidecar
+from shared.provenance.signing import signed
 from shared.tasks.registry import find_task
 
 TOLERANCE = 1e-4
@@ -46,13 +48,14 @@ class Careful(nn.Module):
         return torch.where(known.view(-1, *[1] * (outputs.dim() - 1)), outputs, torch.nan)
 
 
-def export_model(record: RunRecord, folder: Path, out: Path) -> Checkpoint:
+def export_model(record: RunRecord, folder: Path, out: Path, signer: Ed25519PrivateKey | None = None) -> Checkpoint:
     """Write ``model.safetensors``, ``model.onnx`` and ``model.json`` of the run's last model into ``out``.
 
     Args:
         record: The run.
         folder: The run's folder, with its checkpoints.
         out: Made if need be; older files of these names are replaced, all or none.
+        signer: Signs ``model.json``, which hospitals then verify as a checkpoint's own.
 
     Raises:
         StorageError: If there is no checkpoint or a file cannot be used.
@@ -79,7 +82,7 @@ def export_model(record: RunRecord, folder: Path, out: Path) -> Checkpoint:
         with storage_errors(out):
             shutil.copyfile(checkpoint.path, staging / "model.safetensors")
             card = _card(record, checkpoint, staging, difference)
-            write_atomic(staging / "model.json", json.dumps(card, indent=1, allow_nan=False).encode())
+            write_sidecar(staging / "model.json", signed(card, signer) if signer else card)
             for name in ("model.safetensors", "model.onnx", "model.json"):
                 (staging / name).replace(out / name)
             sync_directory(out)
@@ -142,25 +145,33 @@ def check_onnx(model: nn.Module, example: Callable[[int], Tensor], path: Path) -
     return worst
 
 
-def _card(record: RunRecord, checkpoint: Checkpoint, staging: Path, difference: float) -> dict[str, Any]:
-    """Return what a user of the model should know, as plain JSON values."""
+def _card(record: RunRecord, checkpoint: Checkpoint, staging: Path, difference: float) -> Sidecar:
+    """Return what a user of the model should know, in the form of a checkpoint's own description."""
     final = final_round(record, checkpoint)
     evaluation = final.evaluation if final else None
-    card: dict[str, Any] = finite(
-        {
-            "task": checkpoint.task,
-            "run": record.run,
-            "rounds": checkpoint.round,
-            "epsilon": record.plan.epsilon(checkpoint.round),
-            "delta": record.plan.delta,
-            "sites": sum(site.refused is None for site in record.sites),
-            "plan_digest": checkpoint.plan_digest,
-            "sha256": checkpoint.sha256,
-            "onnx_sha256": hashlib.sha256((staging / "model.onnx").read_bytes()).hexdigest(),
-            "onnx_differs_by": difference,
-            "metrics": evaluation.metrics if evaluation else {},
-            "warnings": [warning.text for warning in warnings_of(Findings(record, checkpoint))],
-            **({"operating_point": asdict(checkpoint.operating_point)} if checkpoint.operating_point else {}),
-        }
+    epsilon = record.plan.stated_epsilon(checkpoint.round)
+    before = Sidecar(  # of a checkpoint of an earlier version, which named no ancestry
+        task=checkpoint.task,
+        sha256=checkpoint.sha256,
+        epsilon=epsilon if math.isfinite(epsilon) else None,
+        delta=record.plan.delta,
     )
-    return card
+    described = (
+        before
+        if checkpoint.ancestry is None
+        else replace(before, epsilon=checkpoint.epsilon, delta=checkpoint.delta, ancestry=checkpoint.ancestry)
+    )
+    return replace(
+        described,
+        run=record.run,
+        round=checkpoint.round,
+        plan_digest=checkpoint.plan_digest,
+        path="model.safetensors",
+        operating_point=checkpoint.operating_point,
+        rounds=checkpoint.round,
+        sites=sum(site.refused is None for site in record.sites),
+        onnx_sha256=hashlib.sha256((staging / "model.onnx").read_bytes()).hexdigest(),
+        onnx_differs_by=difference,
+        metrics=finite(evaluation.metrics if evaluation else {}),
+        warnings=tuple(warning.text for warning in warnings_of(Findings(record, checkpoint))),
+    )

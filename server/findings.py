@@ -10,6 +10,8 @@ from server.checkpoints import Checkpoint
 from server.registry import RoundRow, RunRecord, SiteRow
 from shared.errors import PlanError
 from shared.metrics import Estimate
+from shared.provenance.ancestry import UNKNOWN
+from shared.provenance.card import Card, card_of
 from shared.tasks.base import Evaluation
 from shared.tasks.registry import find_task
 
@@ -125,12 +127,25 @@ class Findings:
     @cached_property
     def spent(self) -> dict[str, float]:
         """Epsilon by site, of those that took part."""
-        return {row.site: self.record.plan.epsilon(self.record.rounds_of(row.site)) for row in self.accepted}
+        return {row.site: self.record.plan.stated_epsilon(self.record.rounds_of(row.site)) for row in self.accepted}
+
+    @cached_property
+    def inherited(self) -> Card | None:
+        """What the model promises over all runs that it comes from; None if it comes from this run alone."""
+        ancestry = self.checkpoint.ancestry if self.checkpoint else None
+        alone = ancestry is None or (len(ancestry.runs) < 2 and ancestry.origin != UNKNOWN)
+        return None if ancestry is None or alone else card_of(ancestry)
 
     @property
     def most_spent(self) -> float:
-        """The largest epsilon of any site."""
-        return max(self.spent.values(), default=0.0)
+        """The largest epsilon of any hospital, over all runs that the model comes from."""
+        return max([*self.spent.values(), *([self.inherited.epsilon] if self.inherited else [])], default=0.0)
+
+    @property
+    def delta(self) -> float:
+        """The delta at which :attr:`most_spent` holds."""
+        own = self.record.plan.delta
+        return own if self.inherited is None or self.inherited.delta is None else self.inherited.delta
 
     @cached_property
     def guaranteed(self) -> bool:

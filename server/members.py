@@ -1,6 +1,7 @@
 """Who is enrolled: ``sites.json``, the one truth that ``enrol`` and ``revoke`` write and the service follows."""
 
 import fcntl
+import hashlib
 import json
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -232,6 +233,11 @@ def parse_site_key(text: str) -> SiteKey:
 def active(members: tuple[Member, ...]) -> tuple[Member, ...]:
     """Return the members that may take part."""
     return tuple(member for member in members if not member.revoked)
+
+
+def key_digest(member: Member) -> str:
+    """Return the SHA-256 of a member's public key, by which two runs' hospitals are told to be one."""
+    return hashlib.sha256(member.public_key.encode()).hexdigest()
 
 
 def _name(key: SiteKey, name: str | None) -> str:

@@ -113,7 +113,7 @@ def overview(folder: RunFolder) -> dict[str, Any]:
         failure=explanation(record) if record.status == FAILED else None,
         rounds_completed=rounds,
         rounds=record.plan.rounds,
-        epsilon=record.plan.epsilon(rounds),
+        epsilon=record.plan.stated_epsilon(rounds),
         delta=record.plan.delta,
         metric=metric,
         value=evaluations[-1].value(metric) if evaluations else None,

@@ -155,6 +155,18 @@ class Registry:
                 ).fetchall()
             )
 
+    def rounds_by_site(self, run: str, up_to: int) -> dict[str, int]:
+        """Return how many rounds up to one each site must be taken to have spent: ``RunRecord.rounds_of`` of all."""
+        marks = ", ".join("?" * len(NOTHING_SPENT))
+        with self._transaction() as database:
+            return dict(
+                database.execute(
+                    "SELECT site, COUNT(*) FROM replies WHERE run = ? AND round <= ?"  # noqa: S608 - marks only
+                    f" AND outcome NOT IN ({marks}) GROUP BY site",
+                    (run, up_to, *sorted(NOTHING_SPENT)),
+                ).fetchall()
+            )
+
     def add_note(self, run: str, name: str, value: Any) -> None:
         """Attach a JSON value: baselines, timings, where the data came from."""
         with self._transaction() as database:

@@ -129,12 +129,15 @@ def _meaning(findings: Findings) -> str:
     """Return epsilon and, in one plain sentence, what it promises."""
     if not findings.guaranteed:
         return "This run gives no privacy guarantee: epsilon is infinite."
-    spent, delta = findings.most_spent, findings.record.plan.delta
+    spent, delta = findings.most_spent, findings.delta
+    if not math.isfinite(spent):
+        return "This model gives no privacy guarantee, whatever noise this run added: see where it comes from."
     if not findings.record.rounds_completed:
         return "No privacy was spent: no hospital sent weights."
+    seen = "this run" if findings.inherited is None else "this model and the runs it comes from"
     return (
         f"No hospital spent more than epsilon {epsilon_text(spent)} at delta {delta:g}: whatever anyone sees of "
-        f"this run, their odds on whether a given patient took part change by a factor of at most "
+        f"{seen}, their odds on whether a given patient took part change by a factor of at most "
         f"{_factor(spent)}, save for a chance of about {delta:g} that the bound fails."
     )
 
@@ -147,10 +150,17 @@ def _remarks(findings: Findings) -> list[Markup]:
             "subtract it. The figures say what the same plan costs in a deployment. Real patients are not protected."
         )
         found.append(box("A simulation protects nobody", sentence))
+    if card := findings.inherited:
+        kind = {} if card.private else {"kind": "warning"}
+        found.append(box("The model comes from earlier training", f"{card.sentence()} It {_began(record)}.", **kind))
     found += remarks(findings)
     if data := record.notes.get("data"):
         found.append(box("What the data are", _prose(data)))
     return found
+
+
+def _began(record: RunRecord) -> str:
+    return f"started from {start(record).rstrip('.')}"
 
 
 def _tiles(findings: Findings) -> Markup:
@@ -160,7 +170,7 @@ def _tiles(findings: Findings) -> Markup:
     interval = f"{number(ours.low)} to {number(ours.high)}" if ours and math.isfinite(ours.low) else "no interval"
     tiles = [
         (f"Held-out {humanise(findings.metric)}", number(ours.value if ours else None), interval),
-        ("Most epsilon spent", epsilon_text(spent), f"at delta {record.plan.delta:g}"),
+        ("Most epsilon spent", epsilon_text(spent), f"at delta {findings.delta:g}"),
         ("Hospitals", count(len(findings.accepted)), f"of {len(record.sites)} asked"),
         ("Declared patients", count(sum(patients)), "coarse public figure"),
         ("Rounds", count(record.rounds_completed), f"of at most {record.plan.rounds}"),

@@ -12,10 +12,11 @@ import logging
 import math
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Message, MessageType
 from flwr.serverapp.strategy import Strategy
 from torch import nn
@@ -23,6 +24,7 @@ from torch import nn
 from server.checkpoints import Checkpoint, latest_checkpoint, load_strategy, load_weights, save_checkpoint
 from server.cohort import Cohort, Member
 from server.exchange import SIMULATED, Grid, Question, Timing, exchange
+from server.lineage import descent
 from server.registry import (
     ASKED,
     COMPLETED,
@@ -40,6 +42,7 @@ from shared.errors import ErrorCode, FederationError, PlanError, ProtocolError, 
 from shared.messages import TrainRequest
 from shared.operating_point import check_sensitivity
 from shared.plan import RunPlan
+from shared.provenance.card import card_of
 from shared.records import RecordStore
 from shared.tasks.base import Evaluation, Task
 from shared.tasks.registry import find_task
@@ -66,6 +69,8 @@ class Job:
         timing: How patient the server is; by default as suits a federation, or a simulation.
         sensitivity: The share of positives that the model's threshold must find; by default balanced accuracy chooses.
             A task without decisions has no threshold and takes no notice.
+        signer: Signs the checkpoints; ``None`` leaves them unsigned.
+        keys: SHA-256 of the sites' public keys by name, where the server knows them.
 
     Raises:
         PlanError: If a limit is impossible.
@@ -81,6 +86,8 @@ class Job:
     max_update_norm: float | None = None
     timing: Timing | None = None
     sensitivity: float | None = None
+    signer: Ed25519PrivateKey | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_sensitivity(self.sensitivity)
@@ -107,7 +114,7 @@ class Progress:
             self.best, self.best_round = metric, number
 
     def finished(self, plan: RunPlan) -> bool:
-        """Whether all rounds are done or patience has run out: rounds not run are privacy not spent."""
+        """Whether all rounds are done or patience has run out."""
         stalled = bool(plan.patience) and self.judged_round - self.best_round >= plan.patience
         return self.round >= plan.rounds or stalled
 
@@ -277,18 +284,23 @@ def _record(run: _Run, progress: Progress, row: RoundRow) -> None:
     if row.evaluation:
         progress.note(row.round, row.evaluation.value(run.task.metric))
     run.register(row)
-    epsilon = run.job.plan.epsilon(row.round)
+    plan = run.job.plan
+    spent = run.registry.rounds_by_site(run.job.run, row.round)
+    ancestry = descent(run.job.folder, run.job.run, plan, spent, run.job.keys)
+    card = card_of(ancestry)
     save_checkpoint(
         run.job.folder / "checkpoints",
         progress.model,
         run=run.job.run,
         number=row.round,
         task=run.task.name,
-        plan_digest=run.job.plan.digest,
+        plan_digest=plan.digest,
         strategy_state=moments(run.strategy),
-        epsilon=epsilon if math.isfinite(epsilon) else None,
-        delta=run.job.plan.delta,
+        epsilon=card.epsilon if card.private else None,
+        delta=card.delta,
+        ancestry=ancestry,
         operating_point=row.evaluation.operating_point if row.evaluation else None,
+        signer=run.job.signer,
     )
 
 

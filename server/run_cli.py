@@ -14,7 +14,7 @@ Examples:
 
   fedward-server run srv plan.toml --wait
 
-  fedward-server run srv plan.toml --name pilot --init public.safetensors
+  fedward-server run srv plan.toml --name pilot --init public.safetensors --init-is-public
 
 A plan.toml needs no more than: task = "nodule-classification", rounds = 12, epsilon = 8.0
 """
@@ -33,7 +33,13 @@ def run(
     server: Server,
     plan: Annotated[Path, typer.Argument(metavar="PLAN.TOML", help="At least task, rounds and epsilon.")],
     name: Annotated[str | None, typer.Option(help="The run's name. Default: run-1, run-2 …")] = None,
-    init_: Annotated[Path | None, typer.Option("--init", help="Start from a public checkpoint.")] = None,
+    init_: Annotated[Path | None, typer.Option("--init", help="Start from a checkpoint, public or of a run.")] = None,
+    init_is_public: Annotated[
+        bool, typer.Option("--init-is-public", help="Say that no patient of these hospitals was in its training.")
+    ] = False,
+    init_key: Annotated[
+        Path | None, typer.Option(help="The signing.pub of another aggregator that signed the checkpoint.")
+    ] = None,
     sensitivity: Annotated[
         float | None,
         typer.Option(help="Share of positives that the threshold must find. Default: that of server.toml."),
@@ -42,11 +48,14 @@ def run(
 ) -> None:
     """Submit a run and print its name."""
     from server.config import ServerConfig
+    from server.lineage import ancestry_of
     from server.members import require_members
     from server.operations import follow
     from server.planning import agree_plan, open_heldout, read_plan_request
     from server.runs import submit
     from server.supervisor import service_pid
+    from shared.provenance.card import card_of
+    from shared.provenance.keys import ensure_signing_key, read_trusted
     from shared.tasks.registry import find_task
 
     config = ServerConfig.read(server)
@@ -57,7 +66,13 @@ def run(
         warn("There are no held-out patients (heldout in server.toml): nothing will be validated.")
     if not agreed.private:
         warn("epsilon is inf: this run promises no privacy, and no hospital takes part whose site.toml demands noise.")
-    folder = submit(server, agreed, name, init_, sensitivity=sensitivity)
+    ancestry = None
+    if init_ is not None:
+        trusted = (ensure_signing_key(server).public_key(), *(read_trusted(init_key) if init_key else ()))
+        ancestry = ancestry_of(init_, agreed.task, trusted, is_public=init_is_public)
+        if not (card := card_of(ancestry)).private:
+            warn(f"{init_.name}: {card.sentence()} Whatever noise this run adds, its model's card will say the same.")
+    folder = submit(server, agreed, name, init_, ancestry, sensitivity=sensitivity)
     CONSOLE.print(folder.name, highlight=False, markup=False)
     if service_pid(server) is None:
         warn(f"The service is not running; the run begins when it is: fedward-server start {server}")
@@ -151,9 +166,10 @@ def export(
     """Write a run's model as safetensors and ONNX, checked against one another."""
     from server.export import export_model
     from server.runs import find_run
+    from shared.provenance.keys import ensure_signing_key
 
     folder = find_run(server, run_name)
-    checkpoint = export_model(folder.record(), folder.path, out)
+    checkpoint = export_model(folder.record(), folder.path, out, ensure_signing_key(server))
     say(f"Exported the model of round {checkpoint.round} to {out}.")
 
 

@@ -1,7 +1,8 @@
 """The folders of the aggregator's runs, ``SRV/runs/NAME/``, and what the operator wants of each.
 
     plan.json         the agreed plan
-    start.safetensors the public checkpoint to start from, if the plan names one
+    start.safetensors the checkpoint to start from, if the plan names one
+    start.json        what that comes from (server/lineage.py)
     sensitivity       the share of positives that the threshold must find, if this run has its own
     wanted            'running' or 'stopped'
     registry.sqlite   what came of it; a folder without it is no run
@@ -23,13 +24,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from server.lineage import record_start, start_words
 from server.registry import FAILED, RUNNING, STOPPED, Registry, RunRecord
 from shared.errors import FederationError, PlanError, StorageError
 from shared.files import storage_errors, write_atomic
 from shared.plan import RunPlan
+from shared.provenance.ancestry import Ancestry
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 FAILURE_NOTE = "failure"
+START_NOTE = "start"
 _LOG_BYTES = 5_000_000
 _LOCK_PATIENCE_S = 1.0
 
@@ -150,7 +154,13 @@ class RunFolder:
 
 
 def submit(
-    server: Path, plan: RunPlan, name: str | None, start: Path | None, *, sensitivity: float | None = None
+    server: Path,
+    plan: RunPlan,
+    name: str | None,
+    start: Path | None,
+    ancestry: Ancestry | None = None,
+    *,
+    sensitivity: float | None = None,
 ) -> RunFolder:
     """Make a new run's folder; the service takes it up when it sees it.
 
@@ -158,7 +168,8 @@ def submit(
         server: The aggregator's folder.
         plan: The agreed plan.
         name: The run's name; by default the next of run-1, run-2 …
-        start: The public checkpoint that the plan names, copied so that it cannot vanish.
+        start: The checkpoint that the plan names, copied so that it cannot vanish.
+        ancestry: What that comes from; None starts from random weights.
         sensitivity: The run's own, in place of that of ``server.toml``. It is no part of the plan: the threshold is
             chosen after training, on reference patients, and no hospital need agree to it.
 
@@ -175,7 +186,10 @@ def submit(
     with storage_errors(folder.path):
         if start is not None:
             shutil.copyfile(start, folder.start)
+    record_start(folder.path, ancestry or Ancestry())
     folder.registry().begin(folder.name, plan)
+    if start is not None and ancestry:
+        folder.registry().add_note(folder.name, START_NOTE, start_words(ancestry, start.name, plan.init))
     return folder
 
 

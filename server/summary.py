@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from server.registry import RunRecord, SiteRow, finite
 from server.warnings import warnings_of
 from shared.files import write_atomic
 from shared.plan import RANDOM_START
+from shared.provenance.card import card_of
 from shared.tasks.base import Evaluation
 
 
@@ -47,6 +49,7 @@ def summarise(record: RunRecord, checkpoint: Checkpoint | None) -> dict[str, Any
         "timings": timings(record),
         "peak_rss_mib": record.notes.get("peak_rss_mib"),
         "start": start(record),
+        "card": card(checkpoint),
         "data": record.notes.get("data"),
         "checkpoint": {"path": str(checkpoint.path), "sha256": checkpoint.sha256} if checkpoint else None,
     }
@@ -68,6 +71,16 @@ def start(record: RunRecord) -> str:
     """Return in words what the run started from."""
     fallback = "random weights" if record.plan.init == RANDOM_START else f"public checkpoint {record.plan.init}"
     return str(record.notes.get("start") or fallback)
+
+
+def card(checkpoint: Checkpoint | None) -> dict[str, Any] | None:
+    """Return what the saved model comes from and promises over all of it; None where no ancestry is recorded."""
+    if checkpoint is None or checkpoint.ancestry is None:
+        return None
+    ancestry = checkpoint.ancestry
+    origin = {"origin": ancestry.origin, "start_sha256": ancestry.start_sha256, "said_by": ancestry.said_by}
+    runs = [{name: value for name, value in asdict(run).items() if name != "sites"} for run in ancestry.runs]
+    return {**card_of(ancestry).to_json(), **origin, "runs": runs}
 
 
 def timings(record: RunRecord) -> dict[str, Any]:
@@ -95,7 +108,7 @@ def _site(record: RunRecord, row: SiteRow) -> dict[str, Any]:
     return {
         "name": row.site,
         "declared_patients": row.declared_patients,
-        "epsilon": record.plan.epsilon(rounds),
+        "epsilon": record.plan.stated_epsilon(rounds),
         "delta": record.plan.delta,
         "rounds": rounds,
         "refused": row.refused,

@@ -12,7 +12,8 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from shared.accounting import MAX_NOISE_MULTIPLIER, Mechanism, epsilon_of
-from shared.errors import PlanError
+from shared.errors import PlanError, StorageError
+from shared.provenance.bounded import parse_json
 
 OPTIMIZERS = ("adam", "sgd")
 SCHEDULES = ("constant", "linear")
@@ -56,7 +57,7 @@ class RunPlan:
 
     Attributes:
         task: Name of a registered task.
-        rounds: Most aggregations; early stopping may end sooner, which spends less privacy.
+        rounds: Most aggregations; early stopping may end sooner, and epsilon is stated of all of them.
         local_steps: Optimizer steps a site takes each round.
         sample_rate: Probability with which each patient joins a step.
         records_per_patient: Records drawn from each sampled patient (K).
@@ -190,6 +191,15 @@ class RunPlan:
         rounds = self.rounds if rounds is None else rounds
         return epsilon_of([self.mechanism(rounds)] if rounds else [], self.delta)
 
+    def stated_epsilon(self, rounds: int) -> float:
+        """Return the epsilon that is stated of a site that took part in ``rounds`` rounds: the whole plan's, or none.
+
+        Which rounds are run may depend on what earlier ones gave: patience looks at the model, an operator stops a run,
+        a site misses a deadline. Tight composition holds for a schedule that is fixed beforehand, so a run that ends
+        early is a part of its whole plan, whose epsilon always holds (post-processing).
+        """
+        return self.epsilon() if rounds else 0.0
+
     def to_json(self) -> str:
         """Return the canonical text: sorted keys, no spaces; equal plans give equal texts.
 
@@ -213,11 +223,9 @@ class RunPlan:
             PlanError: With a sentence that names the field.
         """
         try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise PlanError("The plan is not valid JSON.") from error
-        if not isinstance(values, dict):
-            raise PlanError("The plan must be a JSON object.")
+            values = parse_json(text, "The plan")
+        except StorageError as error:
+            raise PlanError(f"The plan is not valid JSON of a plan: {error}") from error
         return cls.from_mapping(values)
 
     @classmethod

@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from shared.errors import StorageError
 from shared.files import storage_errors, sync_directory, write_atomic
+from shared.provenance.bounded import is_bare, parse_json
 
 FORMAT = 1
 KEY_BYTES = 16
@@ -87,9 +88,11 @@ class RecordStore:
         """
         try:
             text = (path / "store.json").read_bytes()
-            header = json.loads(text)
+            header = parse_json(text, f"The prepared store at {path}")
             if header["format"] != FORMAT:
                 raise StorageError(f"{path} has store format {header['format']}, this version reads {FORMAT}.")
+            if not all(map(is_bare, header["arrays"])):
+                raise ValueError
             arrays = {name: np.load(path / f"{name}.npy", mmap_mode="r") for name in header["arrays"]}
             offsets, keys = np.load(path / "offsets.npy"), np.load(path / "keys.npy")
             kind, attributes = str(header["kind"]), dict(header["attributes"])

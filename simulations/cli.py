@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from client.cli import synthesise
 from shared.errors import StorageError
 from simulations import service_cli
 from simulations.scripts import run_script
@@ -89,8 +88,11 @@ def run(
     ray_address: Annotated[str | None, typer.Option(help="A Ray cluster that is already there.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Worker processes. Default: the cores.")] = None,
     init: Annotated[
-        Path | None, typer.Option(help="A public checkpoint to start from, or 'random'. Default: the task's, if any.")
+        Path | None, typer.Option(help="A checkpoint to start from, or 'random'. Default: the task's, if any.")
     ] = None,
+    init_is_public: Annotated[
+        bool, typer.Option("--init-is-public", help="Say that no patient of these hospitals was in its training.")
+    ] = False,
     augment_with: Annotated[
         Path | None,
         typer.Option(help="A private ct-synthesis checkpoint; every hospital adds 200 patients drawn from it."),
@@ -157,6 +159,7 @@ def run(
         ray_address=ray_address,
         workers=_workers(workers),
         init=_start(init),
+        init_is_public=init_is_public,
         augment_with=str(augment_with.resolve()) if augment_with else None,
         plan={**{name: value for name, value in fields.items() if value is not None}, **assigned},
     )
@@ -209,8 +212,22 @@ def deal(
         _CONSOLE.print(str(folder), highlight=False, markup=False)
 
 
-# The same command as a hospital's; only the example differs.
-app.command(epilog=_SYNTHESISE_EXAMPLES)(synthesise)
+@app.command(epilog=_SYNTHESISE_EXAMPLES)
+def synthesise(
+    checkpoint: Annotated[Path, typer.Argument(help="Weights of a ct-synthesis run, with the JSON beside them.")],
+    out: Annotated[Path, typer.Option(help="New folder for PNG sheet, NumPy archive and DICOM files.")],
+    count: Annotated[int, typer.Option(min=1, help="How many images.")] = 96,
+    label: Annotated[str, typer.Option(help="'benign' or 'malignant'.")] = "malignant",
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Same seed, same images.")] = 0,
+) -> None:
+    """Draw synthetic nodules from a trained generator; every file says that it shows no patient."""
+    from client.synthesise import synthesise as draw
+    from client.trained import Trust
+    from simulations.sources import keys_beside
+
+    written = draw(checkpoint, count, label, out, seed, trust=Trust(keys_beside(checkpoint)))
+    for path in (written.sheet, written.arrays, written.dicom):
+        _CONSOLE.print(str(path), highlight=False, markup=False)
 
 
 @app.command(epilog="Example:  fedward-sim bench --models lungctnet,gru --json bench.json")

@@ -71,6 +71,7 @@ def outcome(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         decided = f"recall {metrics['recall']:.3f}, specificity {metrics['specificity']:.3f}"
         parts.append(f"{decided} at a probability of {threshold:.3f}")
     spent = [site["epsilon"] for site in summary["sites"] if site["refused"] is None]
+    spent += [card["epsilon"]] if (card := summary["card"]) else []  # of what the model comes from, too
     parts.append("no privacy" if None in spent else f"epsilon {max(spent, default=0.0):.2f}")
     yield ", ".join(parts), ""
 

@@ -14,7 +14,6 @@ References:
 """
 
 import argparse
-import hashlib
 import sys
 from pathlib import Path
 from typing import Final, cast
@@ -22,15 +21,15 @@ from typing import Final, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from shared.files import storage_errors, write_atomic
+from shared.files import storage_errors
 from shared.models.gan import ConditionalGan
 from shared.synthesis import CLASSES
-from shared.tasks.ct_synthesis import SIDE_PX, build
+from shared.tasks.ct_synthesis import SIDE_PX, TASK, build
 from simulations.generators.phantoms import draw_phantoms
+from simulations.public_start import save_public
 from simulations.scripts import run_script
 
 STEPS: Final = 4000
@@ -44,7 +43,7 @@ _DECAY: Final = 0.995
 
 
 def write_start(path: Path, steps: int = STEPS, seed: int = 0) -> str:
-    """Train on phantoms, write the weights to ``path`` as safetensors and return the file's SHA-256.
+    """Train on phantoms, write the weights and their description, and return the weights' SHA-256.
 
     Raises:
         StorageError: If ``path`` cannot be written.
@@ -52,9 +51,7 @@ def write_start(path: Path, steps: int = STEPS, seed: int = 0) -> str:
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)  # before the training: it takes minutes
     model = train_on_phantoms(steps, seed)
-    content = save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
-    write_atomic(path, content)
-    return hashlib.sha256(content).hexdigest()
+    return save_public(path, model, TASK.name)
 
 
 def train_on_phantoms(steps: int, seed: int) -> ConditionalGan:

@@ -28,6 +28,7 @@ from flwr.app import Context, RecordDict, UserConfig
 from client.site import Site
 from server.checkpoints import checkpoint_sha256, latest_checkpoint
 from server.findings import EXAMINATION
+from server.lineage import ancestry_of, record_start, start_of, start_words
 from server.registry import Registry, finite
 from server.report import write_report
 from server.summary import summarise, write_summary
@@ -36,13 +37,15 @@ from shared.errors import ErrorCode, FederationError, PlanError, StorageError
 from shared.files import storage_errors, write_atomic
 from shared.messages import PlanQuery
 from shared.plan import RANDOM_START, RunPlan
+from shared.provenance.ancestry import PUBLIC, SHIPPED, Ancestry
+from shared.provenance.bounded import parse_json
 from shared.records import RecordStore
 from shared.tasks.registry import find_task
 from simulations.baselines import judge_baselines
 from simulations.display import Display
 from simulations.grid import LocalGrid, worker_pool
 from simulations.sites import Federation, merge_stores, prepare_federation, write_policies
-from simulations.sources import Simple, find_source
+from simulations.sources import Simple, find_source, keys_beside, shipped_starts
 
 RUN = "simulation"
 BACKENDS = ("local", "ray")
@@ -70,6 +73,7 @@ class Simulation:
     ray_address: str | None = None
     workers: int = 1
     init: str | None = None
+    init_is_public: bool = False
     augment_with: str | None = None
     plan: Mapping[str, Any] = field(default_factory=dict)
 
@@ -99,6 +103,21 @@ class Simulation:
         own = find_source(self.task).start
         return self.init or (str(own) if own else None)
 
+    def start_ancestry(self) -> Ancestry:
+        """Return what the checkpoint comes from that the run starts from.
+
+        Raises:
+            PlanError: If it is of unknown origin and nobody says that it is public.
+            StorageError: If it cannot be read.
+        """
+        if self.start is None:
+            return Ancestry()
+        path = Path(self.start)
+        digest = checkpoint_sha256(path)
+        if digest in shipped_starts():
+            return Ancestry(PUBLIC, digest, SHIPPED)
+        return ancestry_of(path, self.task, keys_beside(path), is_public=self.init_is_public)
+
     def save(self, out: Path) -> None:
         """Write ``simulation.json``; the infinite epsilon is written as text, since JSON has none."""
         values = {**asdict(self), "epsilon": str(self.epsilon)}
@@ -112,7 +131,7 @@ class Simulation:
             StorageError: If there is nothing to resume.
         """
         try:
-            values = json.loads((out / "simulation.json").read_bytes())
+            values = parse_json((out / "simulation.json").read_bytes(), "simulation.json")
             return cls(**{**values, "epsilon": float(values["epsilon"]), "data": tuple(values["data"])})
         except OSError as error:
             raise StorageError(f"There is no simulation to resume in {out}.") from error
@@ -140,6 +159,7 @@ def start(simulation: Simulation, out: Path, display: Display) -> dict[str, Any]
             raise StorageError(f"{out} is not empty. Give a new folder to --out.")
         for leftover in _MADE_BEFORE_THE_PLAN & present:  # of a start that failed
             shutil.rmtree(out / leftover) if (out / leftover).is_dir() else (out / leftover).unlink()
+    simulation.start_ancestry()  # a start of unknown origin is said before the data are made
     simulation.save(out)
     return resume(simulation, out, display)
 
@@ -156,7 +176,7 @@ def resume(simulation: Simulation, out: Path, display: Display) -> dict[str, Any
         plan = _agree(simulation, federation, out)
         registry = Registry(_folder(out) / "registry.sqlite")
         setup_s = time.monotonic() - began
-        _note_origin(registry, simulation, plan)
+        _note_origin(registry, simulation, plan, start_of(_folder(out), plan))
         try:
             with display.watch(registry, RUN, plan), _explained(federation, plan):
                 _run_server(simulation, federation, plan, out, LocalGrid(federation.sites, simulation.seed, pool))
@@ -210,6 +230,7 @@ def _agree(simulation: Simulation, federation: Federation, out: Path) -> RunPlan
     if path.exists():
         return read_plan(path)
     init = checkpoint_sha256(Path(simulation.start)) if simulation.start else RANDOM_START
+    record_start(_folder(out), simulation.start_ancestry())
     overrides = {"min_sites": 1, "seed": simulation.seed, "init": init, **simulation.plan}
     plan = draft_plan(
         simulation.task,
@@ -247,7 +268,7 @@ def read_plan(path: Path) -> RunPlan:
         StorageError: If the file is damaged or was changed.
     """
     try:
-        values = json.loads(path.read_bytes())
+        values = parse_json(path.read_bytes(), f"The plan {path}")
         plan = RunPlan.from_mapping({k: v for k, v in values.items() if k not in ("digest", "epsilon")})
         intact = plan.digest == values["digest"]
     except (OSError, ValueError, KeyError, AttributeError, PlanError) as error:
@@ -257,13 +278,13 @@ def read_plan(path: Path) -> RunPlan:
     return plan
 
 
-def _note_origin(registry: Registry, simulation: Simulation, plan: RunPlan) -> None:
+def _note_origin(registry: Registry, simulation: Simulation, plan: RunPlan, ancestry: Ancestry) -> None:
     registry.begin(RUN, plan)
     origin = "Data given by the researcher." if simulation.data else find_source(simulation.task).origin
     if simulation.augment_with:
         origin += f" Every hospital adds synthetic patients drawn from {Path(simulation.augment_with).name}."
     registry.add_note(RUN, "data", origin)
-    start_note = f"public checkpoint {simulation.start} (SHA-256 {plan.init})" if simulation.start else "random weights"
+    start_note = start_words(ancestry, simulation.start, plan.init) if simulation.start else "random weights"
     registry.add_note(RUN, "start", start_note)
     registry.add_note(RUN, "simulated_noise", True)
 

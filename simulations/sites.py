@@ -13,10 +13,12 @@ from client.site import open_books
 from shared.drafting import DELTA_SHARE
 from shared.errors import FederationError, IntakeError, StorageError
 from shared.files import write_atomic
+from shared.provenance.bounded import parse_json
+from shared.provenance.keys import SIGNING_PUB, public_line
 from shared.records import RecordStore, find_store, open_store, store_path, stores_in, write_store
 from shared.tasks.cgm_windows import SITE
 from shared.tasks.registry import find_task
-from simulations.sources import Progress, Source, find_source
+from simulations.sources import Progress, Source, find_source, keys_beside
 
 HELDOUT_SHARE = 0.2
 _COARSE = 10
@@ -66,7 +68,7 @@ class Federation:
         if not path.exists():
             return None
         try:
-            values = json.loads(path.read_bytes())
+            values = parse_json(path.read_bytes(), str(path))
             return cls(tuple(values["names"]), tuple(values["declared_patients"]), folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StorageError(f"{path} is damaged. Start again with another --out.") from error
@@ -126,7 +128,10 @@ def prepare_federation(
 
 
 def write_policies(federation: Federation, *, task: str, max_epsilon: float, augment_with: str = "") -> None:
-    """Give each site its ``site.toml``, ledger and audit log; infinite ``max_epsilon`` permits zero noise."""
+    """Give each site its ``site.toml``, ledger and audit log; infinite ``max_epsilon`` permits zero noise.
+
+    Each trusts the keys that lie in the folders of the run which made the checkpoint of ``augment_with``.
+    """
     for name, declared, folder in zip(federation.names, federation.declared_patients, federation.sites, strict=True):
         SitePolicy(
             name=name,
@@ -137,6 +142,8 @@ def write_policies(federation: Federation, *, task: str, max_epsilon: float, aug
             min_noise_multiplier=0.0 if np.isinf(max_epsilon) else 0.3,
             augment_with=augment_with,
         ).write(folder / "site.toml")
+        if augment_with and (keys := keys_beside(Path(augment_with))):
+            write_atomic(folder / SIGNING_PUB, b"".join(map(public_line, keys)))
         open_books(folder)
 
 

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from client.intake.glucose import prepare_glucose
 from client.intake.nodules import prepare_nodules
+from server.checkpoints import checkpoint_sha256
 from shared.errors import PlanError
+from shared.provenance.keys import SIGNING_PUB, Trusted, read_trusted
 from shared.records import RecordStore
 from shared.tasks.cgm_windows import split_in_time
 from simulations.forecast_baselines import forecast_baselines, simple_forecasts
@@ -20,6 +23,8 @@ Progress = Callable[[str, int, int], None]
 Simple = Callable[[Mapping[str, RecordStore], RecordStore], dict[str, Any]]
 """Judges simple methods, from each hospital's training store and the held-out store."""
 _STARTS = Path(__file__).with_name("starts")
+_RUN_DEPTH = 4
+"""From SRV/runs/NAME/checkpoints up to SRV."""
 
 
 @dataclass(frozen=True)
@@ -98,3 +103,25 @@ def find_source(task: str) -> Source:
     if task not in SOURCES:
         raise PlanError(f"The simulation has no data for task {task!r}; it has: {', '.join(SOURCES)}.")
     return SOURCES[task]
+
+
+@cache
+def shipped_starts() -> frozenset[str]:
+    """Return the SHA-256 of the public starts that come with Fedward, which saw no patient.
+
+    Raises:
+        StorageError: If one is missing.
+    """
+    return frozenset(checkpoint_sha256(source.start) for source in SOURCES.values() if source.start)
+
+
+def keys_beside(checkpoint: Path) -> Trusted:
+    """Return the signing keys that lie in the folders of the run which wrote a checkpoint.
+
+    A researcher trusts a folder by naming it. A hospital does not: see ``fedward-site trust``.
+
+    Raises:
+        StorageError: If a file of that name holds no key.
+    """
+    folders = checkpoint.resolve().parents[:_RUN_DEPTH]
+    return tuple(key for folder in folders for key in read_trusted(folder / SIGNING_PUB))

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load
 from torch import Generator
 
 from shared.files import storage_errors, write_atomic
 from shared.models.gan import ConditionalGan
+from shared.provenance.tensors import load_into, read_weights
 from shared.records import RecordStore
 from shared.synthesis import (
     generated_patches,
@@ -49,8 +49,7 @@ def examine(checkpoint: Path, training: RecordStore, judged: RecordStore, out: P
         StorageError: If a file cannot be read or written.
     """
     torch.set_num_threads(1)
-    with storage_errors(checkpoint):
-        model = _model(checkpoint.read_bytes())
+    model = _model(checkpoint)
     real, trained_on, upright = real_patches(judged, SIDE_PX), real_patches(training, SIDE_PX), is_upright(training)
     others = real.at(torch.from_numpy(np.flatnonzero(halves(judged)[1])))
     drawn = generated_patches(model, others.labels, _SEED)
@@ -69,8 +68,8 @@ def examine(checkpoint: Path, training: RecordStore, judged: RecordStore, out: P
     }
 
 
-def _model(content: bytes) -> ConditionalGan:
+def _model(checkpoint: Path) -> ConditionalGan:
     model = build()
-    model.load_state_dict(load(content))
+    load_into(model, read_weights(checkpoint))
     model.requires_grad_(False)
     return model.eval()

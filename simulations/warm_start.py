@@ -11,7 +11,6 @@ all of it anew gives another start, by and large as good (docs/glucose.md); floa
 """
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,18 +19,17 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import save
 from torch import Generator, nn
 from torch.optim import Adam
 
 from shared.dp.step import OrdinaryStep
-from shared.files import write_atomic
 from shared.records import KEY_BYTES, RecordStore
 from shared.tasks.base import Batch, PatientDataset, Task
 from shared.tasks.cgm import COVARIATES, STEP_MIN, STORE_KIND
 from shared.tasks.registry import find_task
 from simulations.generators.glucose_days import ORDINARY, Behaviour, simulate_days
 from simulations.generators.glucose_model import TYPES
+from simulations.public_start import save_public
 from simulations.scripts import run_script
 
 STEPS: Final = 3000
@@ -189,16 +187,12 @@ def _store(readings: Series, insulin: Series, carbohydrate: Series) -> RecordSto
 
 
 def write_start(path: Path, task: str, steps: int = STEPS) -> str:
-    """Train, write a checkpoint for ``--init``, and return its SHA-256.
+    """Train, write a checkpoint for ``--init`` with its description, and return its SHA-256.
 
     Raises:
         StorageError: If the file cannot be written.
     """
-    content = save(
-        {name: tensor.contiguous() for name, tensor in train_start(find_task(task), steps).state_dict().items()}
-    )
-    write_atomic(path, content)
-    return hashlib.sha256(content).hexdigest()
+    return save_public(path, train_start(find_task(task), steps), task)
 
 
 def main() -> None:

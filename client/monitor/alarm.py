@@ -4,6 +4,10 @@ An *episode* of a rule begins when the reading or the watched forecast lies beyo
 are back on the safe side by more than the hysteresis. In an episode an alert is raised at most once for what is
 *predicted* and once for what is *present*, and never within the refractory time of the patient's last alert of the
 same rule: what is still so after that time is told then, so that waiting loses nothing that lasts.
+
+A forecast that is not a number lies beyond no threshold, so silence would look like safety. It is an episode of its
+own kind, as are readings that intake would not believe: told once, again after the refractory time if it lasts, and
+over with the next forecast. A record that is only too short yet is no such episode: every sensor begins with one.
 """
 
 import hashlib
@@ -21,6 +25,10 @@ from shared.tasks.cgm import RANGE_MG_DL, STEP_MIN
 from shared.tasks.cgm_windows import HORIZON
 
 Kind = Literal["low", "high"]
+NO_FORECAST: Final = "no-forecast"
+"""The kind of an alert that says: of this patient nothing is foreseen, so nobody would be warned."""
+MODEL_FAILED, SENSOR_STUCK = "forecast-not-a-number", "sensor-stuck"
+"""Why there is no forecast."""
 Quantiles = npt.NDArray[np.float64]
 _ID_DIGITS: Final = 32
 
@@ -112,30 +120,32 @@ class Alert:
     Attributes:
         id: The same whenever the same stream is watched with the same secret and rule.
         patient_id: As in the stream.
-        kind: ``low`` or ``high``.
+        kind: ``low``, ``high`` or ``no-forecast``.
         stage: ``predicted`` or ``present``.
         time: Of the reading that raised it, ISO 8601.
         episode_start: When the episode began, ISO 8601.
         glucose_mg_dl: The reading.
-        threshold_mg_dl: The rule's.
-        quantile: The watched one.
+        threshold_mg_dl: The rule's; None for ``no-forecast``.
+        quantile: The watched one; None for ``no-forecast``.
         forecast_mg_dl: Its most dangerous value within the horizon; None where there was no forecast.
         expected_in_min: When the watched quantile first crosses; 0 if present, None where there was no forecast.
         band_mg_dl: The quantiles 0.05, 0.5 and 0.95 at the horizon; None where there was no forecast.
+        reason: Why nothing can be foreseen, of ``no-forecast``; else None.
     """
 
     id: str
     patient_id: str
-    kind: Kind
+    kind: str
     stage: str
     time: str
     episode_start: str
     glucose_mg_dl: float
-    threshold_mg_dl: float
-    quantile: float
+    threshold_mg_dl: float | None
+    quantile: float | None
     forecast_mg_dl: float | None
     expected_in_min: int | None
     band_mg_dl: tuple[float, float, float] | None
+    reason: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain JSON."""
@@ -197,9 +207,36 @@ def advance(
     return replace(alarm, told=int(stage), last_alert_s=time_s), stage
 
 
+def advance_blind(alarm: Alarm, time_s: int, blind: bool | None, refractory_min: int) -> tuple[Alarm, bool]:
+    """Take in whether a patient can be forecast.
+
+    Args:
+        alarm: The state before.
+        time_s: Of the reading.
+        blind: True if a forecast was due and there is none, False if there is one, None if none was due yet.
+        refractory_min: Least time between two alerts.
+
+    Returns:
+        The state after, and whether to alert.
+    """
+    if blind is None:
+        return alarm, False
+    if not blind:
+        return _over(alarm), False
+    alarm = replace(alarm, start_s=time_s) if alarm.start_s is None else alarm
+    if alarm.last_alert_s is not None and time_s - alarm.last_alert_s < 60 * refractory_min:
+        return alarm, False
+    return replace(alarm, told=int(Stage.PRESENT), last_alert_s=time_s), True
+
+
 def _over(alarm: Alarm) -> Alarm:
     """Return the state after the end of an episode."""
     return replace(alarm, told=int(Stage.SAFE), start_s=None)
+
+
+def blind_id(pseudonym: bytes, reason: str, time_s: int) -> str:
+    """Return the name of an alert that nothing is foreseen: a hash of who, why and when."""
+    return hashlib.sha256(f"{pseudonym.hex()}/{NO_FORECAST}/{reason}/{time_s}".encode()).hexdigest()[:_ID_DIGITS]
 
 
 def alert_id(pseudonym: bytes, rule: Rule, stage: Stage, start_s: int) -> str:

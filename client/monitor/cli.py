@@ -12,7 +12,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import typer
 
-from client.console import CONSOLE, ERRORS, say
+from client.console import CONSOLE, ERRORS, TrustingSite, doubt, say, trust_of
 from shared.errors import IntakeError, PlanError
 
 if TYPE_CHECKING:
@@ -52,7 +52,9 @@ _WHAT_IF_EXAMPLE = (
 Checkpoint = Annotated[Path, typer.Argument(help="Weights (safetensors), with their JSON beside them.")]
 Export = Annotated[Path, typer.Argument(help="CSV file of glucose readings, or a folder of them.")]
 PatientId = Annotated[str, typer.Option("--patient", help="The patient's number, as in the export.")]
-SiteToml = Annotated[Path | None, typer.Option("--site", help="Site whose site.toml [glucose] names the columns.")]
+SiteToml = Annotated[
+    Path | None, typer.Option("--site", help="Site whose site.toml [glucose] names the columns, and whose keys count.")
+]
 
 
 def monitor(
@@ -75,6 +77,7 @@ def monitor(
     refractory: Annotated[int, typer.Option(help="Least minutes between two alerts of a kind.")] = 30,
     once: Annotated[bool, typer.Option("--once", help="End at the end of the file.")] = False,
     view: Annotated[bool | None, typer.Option(help="Live view. Default: if this is a terminal.")] = None,
+    site: TrustingSite = None,
 ) -> None:
     """Forecast at every reading of a stream, and warn of lows and highs before they come.
 
@@ -92,7 +95,8 @@ def monitor(
     zone = _zone(time_zone)
     if fhir and zone is None:
         raise PlanError("FHIR demands times with an offset. Give the readings' zone with --time-zone.")
-    trained = load_trained(checkpoint, "glucose-forecast", "forecast glucose")
+    trained = load_trained(checkpoint, "glucose-forecast", "forecast glucose", trust_of(site))
+    doubt(trained.doubt)
     remembered = state or (alerts.with_name(alerts.name + ".state") if alerts else None)
     shown = CONSOLE.is_terminal if view is None else view
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -210,7 +214,8 @@ def personalise(
     from client.monitor.personal import read_patients, write_personal
     from client.trained import load_trained
 
-    trained = load_trained(checkpoint, "glucose-forecast", "forecast glucose")
+    trained = load_trained(checkpoint, "glucose-forecast", "forecast glucose", trust_of(site))
+    doubt(trained.doubt)
     if trained.owner and not (patient and trained.fits(patient)):
         raise PlanError(
             "This model was fitted to another patient. Start from the global model, or from the hospital's."
@@ -240,7 +245,8 @@ def what_if(
     from client.monitor.what_if import what_if as ask
     from client.trained import load_trained
 
-    trained = load_trained(checkpoint, "glucose-forecast", "forecast glucose")
+    trained = load_trained(checkpoint, "glucose-forecast", "forecast glucose", trust_of(site))
+    doubt(trained.doubt)
     if not trained.fits(patient):
         raise PlanError("This model was fitted to another patient. Use that patient's, or the global one.")
     answer = ask(trained.model, read_patients(export, patient, _mapping(site)), insulin, carbs)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from client.monitor.alarm import Alert
+from client.monitor.alarm import MODEL_FAILED, NO_FORECAST, SENSOR_STUCK, Alert
 from shared.files import storage_errors, write_atomic
 
 LOINC: Final = "http://loinc.org"
@@ -21,7 +21,8 @@ _INTERSTITIAL_GLUCOSE: Final = {
     "code": "99504-3",
     "display": "Glucose [Mass/volume] in Interstitial fluid",
 }
-_SAID: Final = {"low": "Low glucose", "high": "High glucose"}
+_SAID: Final = {"low": "Low glucose", "high": "High glucose", NO_FORECAST: "Glucose forecast missing:"}
+_WHY: Final = {MODEL_FAILED: "the model's forecast is not a number", SENSOR_STUCK: "the sensor writes one value"}
 
 
 def observation(alert: Alert) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def observation(alert: Alert) -> dict[str, Any]:
 
 def detected_issue(alert: Alert) -> dict[str, Any]:
     """Return an alert as a DetectedIssue that points to its Observation."""
-    urgent = alert.kind == "low" and alert.stage == "present"
+    urgent = alert.kind == NO_FORECAST or (alert.kind == "low" and alert.stage == "present")
     return {
         "resourceType": "DetectedIssue",
         "id": alert.id,
@@ -78,6 +79,10 @@ def _patient(alert: Alert) -> dict[str, Any]:
 
 def _detail(alert: Alert) -> str:
     said = f"Glucose {alert.glucose_mg_dl:g} mg/dL."
+    if alert.reason is not None:
+        return (
+            f"{said} No lows or highs are foreseen: {_WHY[alert.reason]}. Look after the patient without the monitor."
+        )
     if alert.band_mg_dl is not None and alert.stage == "predicted":
         beyond = "below" if alert.kind == "low" else "above"
         said += f" Forecast to pass {beyond} {alert.threshold_mg_dl:g} mg/dL in {alert.expected_in_min} min"

@@ -95,14 +95,15 @@ class History:
         """Whether the latest reading begins a new segment."""
         return len(self.readings) < 2 or self.readings[-1][0] - self.readings[-2][0] > _GAP_S
 
+    def stuck(self) -> bool:
+        """Whether the sensor has been writing one value for so long that intake would not believe it."""
+        return bool(self.readings) and _stuck(*self._segment())
+
     def window(self) -> Window | None:
         """Return the last readings on the grid ``(HISTORY, 4)``; None where they are too few or the sensor is stuck."""
         if not self.readings:
             return None
-        time, value = (np.array(column) for column in zip(*self.readings, strict=True))
-        breaks = np.flatnonzero(np.diff(time) > _GAP_S) + 1
-        begin = int(breaks[-1]) if len(breaks) else 0
-        time, value = time[begin:], value[begin:]
+        time, value = self._segment()
         grid = time[-1] - _STEP_S * np.arange(HISTORY - 1, -1, -1)
         if grid[0] < time[0] or _stuck(time, value):
             return None
@@ -115,6 +116,13 @@ class History:
                 columns[at, 1] += units
                 columns[at, 2] += grams
         return columns
+
+    def _segment(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Return times and values since the last gap."""
+        time, value = (np.array(column) for column in zip(*self.readings, strict=True))
+        breaks = np.flatnonzero(np.diff(time) > _GAP_S) + 1
+        begin = int(breaks[-1]) if len(breaks) else 0
+        return time[begin:], value[begin:]
 
     def _forget(self) -> None:
         least = (self.last_s or 0) - KEPT_S
@@ -149,6 +157,7 @@ def _stuck(time: npt.NDArray[Any], value: npt.NDArray[Any]) -> bool:
     return bool(long and REPORTED_MG_DL[0] < value[-1] < REPORTED_MG_DL[1])
 
 
-def forecast_all(model: nn.Module, windows: Sequence[Window]) -> npt.NDArray[np.float64]:
-    """Return the quantiles ``(N, HORIZON, 3)`` of N windows, in one pass of the model."""
-    return forecast(model, torch.from_numpy(np.stack(windows)))
+def forecast_all(model: nn.Module, windows: Sequence[Window]) -> list[npt.NDArray[np.float64] | None]:
+    """Return the quantiles ``(HORIZON, 3)`` of each window, in one pass of the model; None where one is no number."""
+    found = forecast(model, torch.from_numpy(np.stack(windows)))
+    return [quantiles if np.isfinite(quantiles).all() else None for quantiles in found]

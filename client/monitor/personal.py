@@ -9,7 +9,6 @@ test, as many before them decide how long to train (not at all, if it does not h
 
 import copy
 import hashlib
-import json
 import secrets
 import tempfile
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from shared.errors import IntakeError, StorageError
 from shared.files import storage_errors, write_atomic
 from shared.forecast_metrics import pinball
 from shared.personal import save_personal
+from shared.provenance.sidecar import Sidecar, write_sidecar
 from shared.records import RecordStore
 from shared.tasks.base import Batch
 from shared.tasks.cgm import STEP_MIN
@@ -138,16 +138,16 @@ def write_personal(out: Path, model: nn.Module, patient: str | None, base: Train
     if out.suffix != ".safetensors" or out.exists() or sidecar.exists():
         raise StorageError(f"{out.name} must be a new file called *.safetensors. Name another.")
     content, salt = save_personal(model.state_dict()), secrets.token_bytes(SECRET_BYTES)
-    described = {
-        "task": TASK.name,
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "personal": True,
-        "base": base.sha256,
-        "salt": salt.hex(),
-        "patient": EVERYBODY if patient is None else pseudonym(salt, PatientIdentity("", patient)).hex(),
-    }
-    for path, text in ((out, content), (sidecar, json.dumps(described, indent=1).encode())):
-        write_atomic(path, text, private=True)
+    described = Sidecar(
+        task=TASK.name,
+        sha256=hashlib.sha256(content).hexdigest(),
+        personal=True,
+        base=base.sha256,
+        salt=salt.hex(),
+        patient=EVERYBODY if patient is None else pseudonym(salt, PatientIdentity("", patient)).hex(),
+    )
+    write_atomic(out, content, private=True)
+    write_sidecar(sidecar, described, private=True)
 
 
 def _parts(records: RecordStore) -> tuple[Rows, Rows, Rows]:

@@ -14,13 +14,18 @@ from zoneinfo import ZoneInfo
 
 from client.intake.pseudonyms import PatientIdentity, pseudonym
 from client.monitor.alarm import (
+    MODEL_FAILED,
+    NO_FORECAST,
+    SENSOR_STUCK,
     Alarm,
     Alert,
     Quantiles,
     Rule,
     Stage,
     advance,
+    advance_blind,
     alert_id,
+    blind_id,
     first_crossing,
     watched_path,
 )
@@ -141,8 +146,44 @@ class Watch:
         found = iter(forecast_all(self._trained.model, windows) if windows else ())
         alerts: list[Alert] = []
         for key, reading, window in due:
-            alerts += self._judge(key, reading, None if window is None else next(found))
+            forecast = None if window is None else next(found)
+            stuck = window is None and self._memory.patients[key].history.stuck()
+            alerts += self._judge(key, reading, forecast)
+            alerts += self._judge_sight(key, reading, forecast, MODEL_FAILED if window is not None else "", stuck=stuck)
         return alerts
+
+    def _judge_sight(
+        self, key: bytes, reading: Reading, forecast: Quantiles | None, failed: str, *, stuck: bool
+    ) -> list[Alert]:
+        """Alert where a forecast was due and there is none: silence would look like safety."""
+        patient = self._memory.patients[key]
+        reason = None if forecast is not None else SENSOR_STUCK if stuck else failed or None
+        blind = False if forecast is not None else True if reason else None
+        wait_min = min(rule.refractory_min for rule in self._rules)
+        alarm, due = advance_blind(patient.alarms.get(NO_FORECAST, Alarm()), reading.time_s, blind, wait_min)
+        patient.alarms[NO_FORECAST] = alarm
+        if reason:
+            self.sights[reading.patient_id].stages[NO_FORECAST] = Stage.PRESENT
+        if not (due and reason):
+            return []
+        start_s = reading.time_s if alarm.start_s is None else alarm.start_s
+        return [
+            Alert(
+                id=blind_id(key, reason, reading.time_s),
+                patient_id=reading.patient_id,
+                kind=NO_FORECAST,
+                stage=Stage.PRESENT.name.lower(),
+                time=_stamp(reading.time_s, reading.offset_s),
+                episode_start=_stamp(start_s, reading.offset_s),
+                glucose_mg_dl=float(reading.glucose or 0.0),
+                threshold_mg_dl=None,
+                quantile=None,
+                forecast_mg_dl=None,
+                expected_in_min=None,
+                band_mg_dl=None,
+                reason=reason,
+            )
+        ]
 
     def _judge(self, key: bytes, reading: Reading, forecast: Quantiles | None) -> list[Alert]:
         patient, alerts = self._memory.patients[key], []

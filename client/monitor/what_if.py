@@ -8,6 +8,7 @@ physiology demands (insulin lowers, carbohydrate raises), and it is refused for 
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -94,6 +95,8 @@ def _check_reaction(model: nn.Module, readings: Tensor) -> None:
     bare[..., 1:3] = 0.0
     probes = torch.cat([bare, *(changed(bare, name, amount) for name, amount in _PROBE.items())])
     found = forecast(model, probes)[:, -1, 1]
+    if not np.isfinite(found).all():  # NaN is neither zero nor negative
+        raise PlanError("This model's forecast is not a number, so it cannot answer. Use another checkpoint.")
     for number, name in enumerate(_PROBE, start=1):
         reaction = _SIGN[name] * (found[number] - found[0])
         if reaction == 0.0:

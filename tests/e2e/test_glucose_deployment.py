@@ -60,7 +60,7 @@ def train(whole: Deployment) -> Path:
         f'task = "{TASK.name}"\nrounds = {ROUNDS}\nlocal-steps = 2\nepsilon = 8.0\ndelta = 0.01\nseed = {SEED}\n'
     )
     start = find_source(TASK.name).start
-    whole.must("server", "run", whole.server, plan, "--wait", "--name", RUN, "--init", start)
+    whole.must("server", "run", whole.server, plan, "--wait", "--name", RUN, "--init", start, "--init-is-public")
     return whole.server / "runs" / RUN / "checkpoints" / f"round-{ROUNDS:05d}.safetensors"
 
 
@@ -88,8 +88,11 @@ def test_from_exports_to_warnings(consortium: Deployment, hospitals: Path, tmp_p
     load_weights(checkpoint, TASK.build())
 
     day, alerts = last_day(hospitals / REFERENCE / EXPORT, tmp_path), tmp_path / "alerts.jsonl"
-    done = consortium.run("site", "monitor", checkpoint, "--from", day, "--once", "--alerts", alerts)
+    site, watched = consortium.site(SITES[0]), ["--from", day, "--once", "--alerts", alerts]
+    consortium.must("site", "trust", site, consortium.server / "signing.pub")
+    done = consortium.run("site", "monitor", checkpoint, *watched, "--site", site)
     assert done.returncode == 0, done.stderr
+    assert "Nobody answers" not in done.stderr  # the aggregator signed what it trained
     assert "S1-" not in done.stdout + done.stderr
     said = [Alert(**json.loads(line)) for line in alerts.read_text().splitlines()]
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.torch import save_file
 
 import client.site
@@ -20,7 +21,11 @@ from client.site import Site, open_books
 from client.training import Randomness, train_round
 from shared.errors import PolicyError, StorageError
 from shared.messages import PlanQuery, TrainRequest
+from shared.personal import save_personal
 from shared.plan import RunPlan
+from shared.provenance.keys import SIGNING_PUB, public_line
+from shared.provenance.sidecar import Sidecar, write_sidecar
+from shared.provenance.signing import signed
 from shared.records import RecordStore, write_store
 from shared.tasks.base import Task
 from shared.tasks.ct_nodules import UPRIGHT, is_upright
@@ -69,6 +74,7 @@ def make_site(tmp_path: Path, checkpoint: Path, make_nodule_store: Callable[...,
         folder = tmp_path / name
         make_nodule_store(folder / "store", patients=6)
         replace(policy(), tasks=tasks, augment_with=augment_with).write(folder / "site.toml")
+        (folder / SIGNING_PUB).write_bytes(public_line(SIGNER.public_key()))
         open_books(folder)
         return Site(folder, simulation_seed=1)
 
@@ -79,9 +85,19 @@ def policy(count: int = COUNT) -> SitePolicy:
     return SitePolicy(name="h1", declared_patients=10, tasks=(TASK.name,), max_epsilon=100.0, augment_patients=count)
 
 
-def describe(path: Path, **changes: Any) -> None:
+SIGNER = Ed25519PrivateKey.generate()
+TRUSTED = (SIGNER.public_key(),)
+
+
+def describe(path: Path, signer: Ed25519PrivateKey = SIGNER, **changes: Any) -> None:
+    """Write a description that ``signer`` signed."""
     described = {"task": GENERATOR.name, "run": "r", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    path.with_suffix(".json").write_text(json.dumps({**described, "epsilon": 9.9, "delta": 1e-3, **changes}))
+    sidecar = Sidecar(**{**described, "epsilon": 9.9, "delta": 1e-3, **changes})
+    write_sidecar(path.with_suffix(".json"), signed(sidecar, signer))
+
+
+def drawn_from(checkpoint: Path, count: int = COUNT) -> Synthetic:
+    return load_synthetic(checkpoint, TASK, policy(count), TRUSTED)
 
 
 def request() -> TrainRequest:
@@ -109,7 +125,7 @@ def test_one_real_patient_moves_the_sum_by_the_bound_and_no_synthetic_one(
     gone: int, checkpoint: Path, tmp_path: Path, make_nodule_store: Callable[..., RecordStore]
 ) -> None:
     """Were a synthetic patient's draw to hang on who else is there, the sums would differ by more than the bound."""
-    synthetic = load_synthetic(checkpoint, TASK, policy())
+    synthetic = drawn_from(checkpoint)
     everybody = make_nodule_store(tmp_path / "all", patients=7)
     fewer = everybody.subset(np.delete(np.arange(7), gone))
     difference = float((clipped_sum(synthetic, everybody) - clipped_sum(synthetic, fewer)).norm())
@@ -120,7 +136,10 @@ def test_one_patient_more_renumbers_no_synthetic_one(
     checkpoint: Path, tmp_path: Path, make_nodule_store: Callable[..., RecordStore]
 ) -> None:
     """They come first, so the same ones join a step whoever comes last among the real."""
-    synthetic, everybody = load_synthetic(checkpoint, TASK, policy()), make_nodule_store(tmp_path / "all", patients=7)
+    synthetic, everybody = (
+        drawn_from(checkpoint),
+        make_nodule_store(tmp_path / "all", patients=7),
+    )
     half = replace(PLAN, sample_rate=0.5)
     sums = [clipped_sum(synthetic, everybody.subset(np.arange(count)), half) for count in (6, 7)]
     assert sums[0].norm() > PLAN.max_grad_norm
@@ -131,14 +150,20 @@ def test_a_synthetic_patient_cannot_pass_the_bound_either(
     checkpoint: Path, tmp_path: Path, make_nodule_store: Callable[..., RecordStore]
 ) -> None:
     own = make_nodule_store(tmp_path / "own", patients=6)
-    more, less = load_synthetic(checkpoint, TASK, policy(COUNT + 1)), load_synthetic(checkpoint, TASK, policy())
+    more, less = (
+        drawn_from(checkpoint, COUNT + 1),
+        drawn_from(checkpoint),
+    )
     assert float((clipped_sum(more, own) - clipped_sum(less, own)).norm()) <= PLAN.max_grad_norm * 1.001
 
 
 def test_every_patient_draws_from_the_data_set_it_belongs_to(
     checkpoint: Path, tmp_path: Path, make_nodule_store: Callable[..., RecordStore]
 ) -> None:
-    synthetic, own = load_synthetic(checkpoint, TASK, policy()), make_nodule_store(tmp_path / "own", patients=6)
+    synthetic, own = (
+        drawn_from(checkpoint),
+        make_nodule_store(tmp_path / "own", patients=6),
+    )
     both = Augmented(TASK.load(synthetic.patients), TASK.load(own))
     assert len(both) == len(both.keys) == COUNT + 6
     assert len({key.tobytes() for key in both.keys}) == COUNT + 6
@@ -151,10 +176,10 @@ def test_every_patient_draws_from_the_data_set_it_belongs_to(
 
 
 def test_the_same_checkpoint_draws_the_same_patients_of_both_classes(checkpoint: Path) -> None:
-    first, again = (load_synthetic(checkpoint, TASK, policy()) for _ in range(2))
+    first, again = (drawn_from(checkpoint) for _ in range(2))
     assert first.patients.digest == again.patients.digest
     assert first.patients.arrays["malignant"].tolist() == [0, 1] * (COUNT // 2)
-    longer = load_synthetic(checkpoint, TASK, policy(COUNT + 4)).patients
+    longer = drawn_from(checkpoint, COUNT + 4).patients
     np.testing.assert_array_equal(longer.keys[:COUNT], first.patients.keys)
     store = write_store(checkpoint.parent / "as-store", kind="ct-nodules", patients=longer.items(), attributes={})
     assert len(store) == COUNT + 4
@@ -216,18 +241,50 @@ def test_an_interrupted_round_gives_the_same_weights(
     np.testing.assert_array_equal(Site(interrupted.folder, 1).answer_train(request()).weights, whole.weights)
 
 
-@pytest.mark.parametrize(
-    "claim",
-    [
-        *({"epsilon": value} for value in (None, float("inf"), float("nan"), "none", True, -1, 0)),
-        {"delta": None},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("claim", [{"epsilon": None}, {"epsilon": 0.0}, {"delta": None}], ids=str)
 def test_a_generator_that_was_not_private_is_refused(claim: dict[str, object], checkpoint: Path) -> None:
     describe(checkpoint, **claim)
     with pytest.raises(PolicyError, match="without privacy"):
-        load_synthetic(checkpoint, TASK, policy())
+        drawn_from(checkpoint)
+
+
+@pytest.mark.parametrize("claim", ["Infinity", "NaN", '"none"', "true", "-1", "9" * 4000, "1e999"])
+def test_an_epsilon_that_is_no_number_is_refused(claim: str, checkpoint: Path) -> None:
+    sidecar = checkpoint.with_suffix(".json")
+    sidecar.write_text(sidecar.read_text().replace("9.9", claim))
+    with pytest.raises(StorageError, match=r"damaged|epsilon"):
+        drawn_from(checkpoint)
+
+
+def test_a_generators_epsilon_counts_only_under_a_trusted_signature(checkpoint: Path, tmp_path: Path) -> None:
+    """Else anybody could claim that a generator which repeats patients has epsilon 0.1."""
+    with pytest.raises(PolicyError, match="no key is trusted here"):
+        load_synthetic(checkpoint, TASK, policy(), ())
+    stranger = Ed25519PrivateKey.generate()
+    with pytest.raises(StorageError, match="not trusted here"):
+        load_synthetic(checkpoint, TASK, policy(), (stranger.public_key(),))
+    sidecar = checkpoint.with_suffix(".json")
+    signed_text = sidecar.read_text()
+    sidecar.write_text(signed_text.replace("9.9", "0.1"))
+    with pytest.raises(StorageError, match="signature is wrong"):
+        drawn_from(checkpoint)
+    values = json.loads(signed_text)
+    del values["signature"]
+    sidecar.write_text(json.dumps(values))
+    with pytest.raises(StorageError, match="not signed"):
+        drawn_from(checkpoint)
+    del values["version"]
+    sidecar.write_text(json.dumps(values))
+    with pytest.raises(StorageError, match="not signed"):
+        drawn_from(checkpoint)
+
+
+def test_a_model_that_was_fitted_in_a_hospital_augments_nothing(checkpoint: Path) -> None:
+    """Its mark frees it from a signature; it must not be a way around one."""
+    checkpoint.write_bytes(save_personal(GENERATOR.build().state_dict()))
+    describe(checkpoint, personal=True, patient="everybody")
+    with pytest.raises(PolicyError, match="needs a checkpoint that the server signed"):
+        drawn_from(checkpoint)
 
 
 @pytest.mark.parametrize("claim", [{"epsilon": 100.1}, {"epsilon": 99.0, "delta": 0.99}, {"delta": 0.011}], ids=str)
@@ -235,11 +292,11 @@ def test_a_generator_less_private_than_the_hospital_permits_is_refused(
     claim: dict[str, float], checkpoint: Path
 ) -> None:
     """Publishing every record with probability 0.99 has epsilon 0 at delta 0.99: one figure alone says nothing."""
-    describe(checkpoint, **{"epsilon": 100.0, "delta": 0.01})
-    load_synthetic(checkpoint, TASK, policy())
+    describe(checkpoint, epsilon=100.0, delta=0.01)
+    drawn_from(checkpoint)
     describe(checkpoint, **claim)
     with pytest.raises(PolicyError, match="more privacy"):
-        load_synthetic(checkpoint, TASK, policy())
+        drawn_from(checkpoint)
 
 
 def test_a_reply_is_sent_again_when_the_generator_is_gone(make_site: Callable[..., Site], checkpoint: Path) -> None:
@@ -274,15 +331,15 @@ def test_no_image_is_drawn_before_a_round_needs_it(
 
 def test_other_files_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="cannot be augmented"):
-        load_synthetic(checkpoint, GENERATOR, policy())
+        load_synthetic(checkpoint, GENERATOR, policy(), TRUSTED)
     describe(checkpoint, task=TASK.name)
     with pytest.raises(PolicyError, match="give one of ct-synthesis"):
-        load_synthetic(checkpoint, TASK, policy())
+        drawn_from(checkpoint)
     describe(checkpoint, sha256="0" * 64)
     with pytest.raises(StorageError, match="was changed"):
-        load_synthetic(checkpoint, TASK, policy())
+        drawn_from(checkpoint)
     with pytest.raises(StorageError, match="none"):
-        load_synthetic(tmp_path / "none.safetensors", TASK, policy())
+        load_synthetic(tmp_path / "none.safetensors", TASK, policy(), TRUSTED)
 
 
 def test_a_bad_checkpoint_is_said_at_the_start_and_at_the_query(

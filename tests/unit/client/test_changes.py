@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from client.audit_check import verify
-from client.changes import declare, renew_key
+from client.changes import declare, renew_key, trust
 from client.config import SitePolicy
 from client.keys import make_key, read_key
 from client.site import Site, open_books
 from server.members import Members, read_site_key
 from shared.errors import PolicyError, StorageError
+from shared.provenance.keys import SIGNING_PUB, ensure_signing_key, fingerprint
 
 
 @pytest.fixture
@@ -76,3 +77,20 @@ def test_a_new_key_keeps_everything_but_the_key(site: Path) -> None:
         declare(site, 300)
     renew_key(site)
     assert read_site_key(site / "site.pub").public_key != public.public_key
+
+
+def test_a_trusted_key_is_added_and_named_in_the_log(site: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        ensure_signing_key(tmp_path / name)
+    first, second = (trust(site, tmp_path / name / SIGNING_PUB) for name in ("a", "b"))
+    assert trust(site, tmp_path / "a" / SIGNING_PUB) == first
+    assert list(map(fingerprint, Site(site).trusted)) == [first, second]
+    noted = [entry.fields["key"] for entry in Site(site).audit.read()[0].entries if entry.event == "trusted"]
+    assert noted == [first, second, first]
+    assert not verify(Site(site).audit).problems
+    with pytest.raises(StorageError, match="Ask the server's operator"):
+        trust(site, tmp_path / "nowhere.pub")
+    with pytest.raises(StorageError, match=r"no signing\.pub"):
+        trust(site, site / "site.pub")
+    assert len(Site(site).trusted) == 2

@@ -26,11 +26,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from torch import Tensor, nn
 
 from client import cli
+from client.config import SitePolicy
 from client.intake.glucose import prepare_glucose
 from client.intake.pseudonyms import PatientIdentity, pseudonym
-from client.monitor.alarm import DEFAULT_RULES, Stage
+from client.monitor.alarm import DEFAULT_RULES, MODEL_FAILED, NO_FORECAST, SENSOR_STUCK, Stage
 from client.monitor.fhir import detected_issue, observation, write_fhir
 from client.monitor.forecaster import KEPT_S, Fate, History
 from client.monitor.listen import MOST_BYTES, listening
@@ -42,6 +44,9 @@ from client.trained import Trained, load_trained
 from server.checkpoints import load_weights, save_checkpoint
 from shared.errors import PlanError, StorageError
 from shared.personal import save_personal
+from shared.provenance.keys import SIGNING_PUB, ensure_signing_key, public_line
+from shared.provenance.sidecar import read_sidecar, write_sidecar
+from shared.provenance.signing import signed
 from shared.records import RecordStore
 from shared.tasks.glucose_forecast import HISTORY, TASK, readings_at
 
@@ -278,7 +283,7 @@ def test_every_line_has_one_fate(trained: Trained) -> None:
 
 
 def test_a_late_reading_warns_nobody_of_the_past(trained: Trained) -> None:
-    rows = [f"P,{stamp(5 * k)},120" for k in range(40)]
+    rows = [f"P,{stamp(5 * k)},{120 + k % 2}" for k in range(40)]
     watch = Watch(trained, DEFAULT_RULES, Memory(None), now=lambda: NOW_S)
     assert watch.take(Lines(rows)) == []
     assert watch.take(Lines([f"P,{stamp(5 * 39 - 2)},50"])) == []
@@ -686,7 +691,9 @@ def test_the_command_survives_kill_9_and_says_nothing_of_patients(
     assert len(found) > len(before)
 
     _, _, err = monitor(checkpoint, "--from", stream, "--alerts", alerts, "--once", "--time-zone", "UTC")
-    assert err == "no lines yet\n"
+    doubt, counted = err.splitlines()
+    assert doubt.startswith("Nobody answers for round-00001.safetensors")
+    assert counted == "no lines yet"
     with stream.open() as standard_input:
         monkeypatch.setattr(sys, "stdin", standard_input)
         _, out, _ = monitor(checkpoint, "--from", "-")
@@ -721,3 +728,119 @@ def test_what_cannot_be_watched_is_one_sentence(
     assert code == 1
     assert said in error
     assert "Traceback" not in error
+
+
+# A monitor that cannot forecast says so.
+
+
+class Blind(nn.Module):
+    """Forecasts as a fresh model does, but not where the last reading is above 150 mg/dL."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sighted = TASK.build()
+
+    def forward(self, readings: Tensor) -> Tensor:
+        found: Tensor = self.sighted(readings)
+        return torch.where(readings[:, -1, 0].view(-1, 1, 1) > 150.0, torch.nan, found)
+
+
+def blind_rows() -> list[str]:
+    """Return 36 readings that can be forecast, 12 that cannot, and 36 that can."""
+    values = [120 + k % 2 for k in range(48)] + [160 + k % 2 for k in range(12)] + [120 + k % 2 for k in range(36)]
+    return [f"P,{stamp(5 * k)},{value}" for k, value in enumerate(values)]
+
+
+def test_a_forecast_that_is_no_number_is_an_alert_of_its_own_kind(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    blind = Trained(Blind().eval(), "0" * 64)
+    watch = Watch(blind, DEFAULT_RULES, Memory(None), zone=ZoneInfo("UTC"), now=lambda: NOW_S)
+    alerts = watch.take(Lines(blind_rows()))
+    told = [alert for alert in alerts if alert.kind == NO_FORECAST]
+    assert [(alert.reason, alert.glucose_mg_dl) for alert in told] == [(MODEL_FAILED, 160.0), (MODEL_FAILED, 160.0)]
+    assert len({alert.id for alert in told}) == 2  # an hour without forecasts: told, and told again after 30 minutes
+    assert {alert.episode_start for alert in told} == {told[0].time}
+    write_fhir(tmp_path, told)
+    for alert in told:
+        line = json.loads(json.dumps(alert.to_json()))
+        assert (line["kind"], line["threshold_mg_dl"], line["forecast_mg_dl"]) == (NO_FORECAST, None, None)
+        issue = detected_issue(alert)
+        assert issue["severity"] == "high"
+        assert "not a number" in issue["detail"]
+        assert issue["implicated"] == [{"reference": f"Observation/{observation(alert)['id']}"}]
+
+
+def test_the_screen_shows_that_nothing_is_foreseen() -> None:
+    torch.manual_seed(0)
+    watch = Watch(Trained(Blind().eval(), "0" * 64), DEFAULT_RULES, Memory(None), now=lambda: NOW_S)
+    watch.take(Lines(blind_rows()[:60]))
+    console = Console(width=110, record=True, file=io.StringIO())
+    console.print(render(watch.sights, RULES, "counts", 40, 1_704_067_200 + 300 * 60))
+    text = console.export_text()
+    assert "no-forecast now" in text
+    assert "nan" not in text
+
+
+def test_a_stuck_sensor_is_told_and_a_record_that_begins_is_not(trained: Trained) -> None:
+    watch = Watch(trained, DEFAULT_RULES, Memory(None), now=lambda: NOW_S)
+    assert watch.take(Lines([f"P,{stamp(5 * k)},{120 + k % 2}" for k in range(20)])) == []
+    alerts = watch.take(Lines([f"Q,{stamp(5 * k)},120" for k in range(60)]))
+    assert {(alert.patient_id, alert.kind, alert.reason) for alert in alerts} == {("Q", NO_FORECAST, SENSOR_STUCK)}
+
+
+def test_how_a_stream_is_cut_does_not_change_who_is_told_to_be_blind() -> None:
+    torch.manual_seed(0)
+    blind, memory = Trained(Blind().eval(), "0" * 64), Memory(None)
+    whole = Watch(blind, DEFAULT_RULES, memory, now=lambda: NOW_S)
+    expected = whole.take(Lines(blind_rows()))
+    pieces = Memory(None)
+    pieces.secret = memory.secret
+    cut = Watch(blind, DEFAULT_RULES, pieces, now=lambda: NOW_S)
+    found = [alert for row in blind_rows() for alert in cut.take(Lines([row]))]
+    assert [alert.id for alert in found] == [alert.id for alert in expected]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_the_command_refuses_weights_that_would_forecast_nothing(
+    value: float, checkpoint: Path, tmp_path: Path, monitor: Callable
+) -> None:
+    """Such a monitor took every reading and warned nobody."""
+    model = TASK.build()
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] = value
+    path = save_checkpoint(tmp_path / "h", model, run="r", number=1, task=TASK.name, plan_digest="p").path
+    (tmp_path / "s.csv").write_text("\n".join(blind_rows()) + "\n")
+    code, out, err = monitor(path, "--from", tmp_path / "s.csv", "--once")
+    assert (code, out) == (1, "")
+    assert "not finite or above" in err
+
+
+def test_the_command_verifies_the_model_by_the_keys_of_the_site(
+    checkpoint: Path, tmp_path: Path, monitor: Callable
+) -> None:
+    (tmp_path / "s.csv").write_text("")
+    for name in ("ours", "theirs", "site"):
+        (tmp_path / name).mkdir()
+    rules = SitePolicy(name="h1", declared_patients=10, tasks=(TASK.name,), max_epsilon=8.0)
+    rules.write(tmp_path / "site" / "site.toml")
+    ours, theirs = ensure_signing_key(tmp_path / "ours"), ensure_signing_key(tmp_path / "theirs")
+    watched = [checkpoint, "--from", tmp_path / "s.csv", "--once", "--site", tmp_path / "site"]
+    assert "Nobody answers" in monitor(*watched)[2]  # the site trusts nobody yet
+    (tmp_path / "site" / SIGNING_PUB).write_bytes(public_line(ours.public_key()))
+    code, _, err = monitor(*watched)
+    assert (code, "is not signed" in err) == (1, True)
+    sidecar = checkpoint.with_suffix(".json")
+    plain = read_sidecar(sidecar)
+    write_sidecar(sidecar, signed(plain, theirs))
+    code, _, err = monitor(*watched)
+    assert (code, "not trusted here" in err) == (1, True)
+    write_sidecar(sidecar, signed(plain, ours))
+    code, _, err = monitor(*watched)
+    assert (code, "Nobody answers" in err) == (0, False)
+    replace(rules, max_weights_norm=0.1).write(tmp_path / "site" / "site.toml")
+    code, _, err = monitor(*watched)
+    assert (code, "above max-weights-norm 0.1" in err) == (1, True)
+    rules.write(tmp_path / "site" / "site.toml")
+    sidecar.write_text(sidecar.read_text().replace('"round": 1', '"round": 2'))
+    code, _, err = monitor(*watched)
+    assert (code, "signature is wrong" in err) == (1, True)

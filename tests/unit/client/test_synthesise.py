@@ -62,7 +62,14 @@ def test_every_file_says_that_it_shows_nobody(checkpoint: Path, tmp_path: Path) 
     assert len({dataset.SeriesInstanceUID for dataset in datasets}) == 1
 
 
-@pytest.mark.parametrize(("more", "words"), [({"epsilon": None}, "no epsilon is guaranteed"), ({}, "not stated")])
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"version": 1, "ancestry": {"origin": "unknown", "runs": []}}, "no epsilon is guaranteed"),
+        ({"epsilon": None}, "not stated"),
+        ({}, "not stated"),
+    ],
+)
 def test_what_is_not_promised_is_not_claimed(checkpoint: Path, more: dict[str, Any], words: str) -> None:
     describe(checkpoint, **more)
     assert words in load_generator(checkpoint)[1].privacy

@@ -152,8 +152,8 @@ def test_it_shows_the_registrys_numbers(tmp_path: Path) -> None:
     assert f"GE 4 {final.by_group['GE']['auroc']:.3f}" in shown.text
     for value in ("0.931", "0.900 to 0.960", "0.822", "0.843", "0.774", "0.881"):
         assert value in shown.words
-    assert f"alpha 100 3 {epsilon_text(PLAN.epsilon(3))} 0.001 took part" in shown.text
-    assert f"beta 200 2 {epsilon_text(PLAN.epsilon(2))} 0.001 took part" in shown.text
+    assert f"alpha 100 3 {epsilon_text(PLAN.epsilon())} 0.001 took part" in shown.text
+    assert f"beta 200 2 {epsilon_text(PLAN.epsilon())} 0.001 took part" in shown.text
     assert "node-99 – 0 – 0.001 policy-refused" in shown.text
     assert "beta: budget-exceeded" in shown.words
     assert "2 of 3" in shown.words

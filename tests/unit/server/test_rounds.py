@@ -1,5 +1,6 @@
 """The round loop against sites that refuse, fail, lie or stay silent."""
 
+import json
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from server.checkpoints import latest_checkpoint, load_weights
@@ -19,6 +21,8 @@ from server.rounds import Job, initial_model, run_federation
 from shared.errors import ErrorCode, FederationError, PlanError, ProtocolError, StorageError
 from shared.messages import PlanQuery, SiteOffer, TrainReply, TrainRequest, error_reply
 from shared.plan import STRATEGIES, RunPlan
+from shared.provenance.sidecar import read_sidecar
+from shared.provenance.signing import is_signed_by
 from shared.records import RecordStore
 from shared.tasks.registry import find_task
 from shared.weights import pack
@@ -513,6 +517,32 @@ def test_without_reference_patients_no_operating_point_is_claimed(tmp_path: Path
     assert checkpoint.operating_point is None
     with pytest.raises(PlanError, match="sensitivity"):
         Job("r", PLAN, tmp_path, None, sensitivity=2.0)
+
+
+def test_a_run_of_an_earlier_version_goes_on_from_its_unsigned_checkpoint(tmp_path: Path) -> None:
+    """Its sidecars have these fields and no version, and nothing says where it started."""
+    run(tmp_path, {})
+    expected = final_weights(tmp_path)
+    for left in (tmp_path / "checkpoints").glob("round-00002.*"):
+        left.unlink()
+    (tmp_path / "start.json").unlink(missing_ok=True)
+    sidecar = tmp_path / "checkpoints" / "round-00001.json"
+    kept = ("run", "round", "task", "plan_digest", "sha256", "path", "epsilon", "delta")
+    values = {name: value for name, value in json.loads(sidecar.read_text()).items() if name in kept}
+    sidecar.write_text(json.dumps({**values, "strategy_sha256": None}, indent=1, sort_keys=True))
+    key = Ed25519PrivateKey.generate()
+    job = Job("r", PLAN, tmp_path, None, max_update_norm=NORM_CAP, signer=key, keys={"site-1": "e" * 64})
+    run_federation(ScriptedGrid({}), job)
+    assert final_weights(tmp_path).tobytes() == expected.tobytes()
+    written = read_sidecar(tmp_path / "checkpoints" / "round-00002.json")
+    assert is_signed_by(written, (key.public_key(),))
+    assert written.ancestry is not None
+    (only,) = written.ancestry.runs
+    assert [(share.site, share.steps) for share in only.sites] == [
+        (f"site-{number}", 2 * PLAN.local_steps) for number in (1, 2, 3)
+    ]
+    assert only.sites[0].key_sha256 == "e" * 64
+    assert written.epsilon == pytest.approx(PLAN.epsilon(2))
 
 
 def test_the_start_must_be_the_checkpoint_that_the_plan_names(tmp_path: Path) -> None:

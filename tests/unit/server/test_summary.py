@@ -30,7 +30,7 @@ KEYS = {
     "warnings",
     "task", "run", "status", "rounds_completed", "seed", "plan_digest", "sites", "metrics", "by_group",
     "by_site", "worst_site", "rmse_30_of_patients", "rmse_30_of_patients_by_site", "baselines", "timings",
-    "peak_rss_mib", "start", "data", "checkpoint",
+    "peak_rss_mib", "start", "card", "data", "checkpoint",
 }  # fmt: skip
 
 
@@ -92,17 +92,17 @@ def test_hospitals_are_told_apart_where_the_task_does(tmp_path: Path) -> None:
     assert summary["rmse_30_of_patients_by_site"] == spread
 
 
-def test_a_site_is_charged_for_what_it_may_have_sent(record: RunRecord) -> None:
+def test_a_run_states_the_epsilon_of_its_whole_plan_however_it_ends(record: RunRecord) -> None:
     sites = {site["name"]: site for site in summarise(record, None)["sites"]}
     assert sites["a"] == {
         "name": "a",
         "declared_patients": 100,
-        "epsilon": PLAN.epsilon(2),
+        "epsilon": PLAN.epsilon(),
         "delta": 1e-3,
         "rounds": 2,
         "refused": None,
     }
-    assert (sites["b"]["rounds"], sites["b"]["epsilon"]) == (1, PLAN.epsilon(1))
+    assert (sites["b"]["rounds"], sites["b"]["epsilon"]) == (1, PLAN.epsilon())
     assert (sites["node-3"]["epsilon"], sites["node-3"]["refused"]) == (0.0, "budget-exceeded")
 
 

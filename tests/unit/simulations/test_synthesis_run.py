@@ -12,6 +12,7 @@ from rich.console import Console
 from client.synthesise import synthesise
 from server.checkpoints import save_checkpoint
 from shared.errors import PlanError, StorageError
+from shared.provenance.keys import ensure_signing_key
 from shared.records import RecordStore
 from shared.tasks.registry import find_task
 from simulations.display import Display
@@ -64,8 +65,11 @@ def test_a_start_without_public_weights_and_an_end_that_is_taken_up_again(
 
 def test_a_generator_augments_every_hospital_of_a_run(data: tuple[str, ...], tmp_path: Path) -> None:
     torch.manual_seed(0)
+    (tmp_path / "gan").mkdir()
     named = {"run": "gan", "task": "ct-synthesis", "plan_digest": "", "epsilon": 9.9, "delta": 1e-3}
-    private = save_checkpoint(tmp_path / "gan", find_task("ct-synthesis").build(), number=2, **named).path
+    signer = ensure_signing_key(tmp_path / "gan")  # as a run's own folder has it
+    generator = find_task("ct-synthesis").build()
+    private = save_checkpoint(tmp_path / "gan" / "checkpoints", generator, number=2, signer=signer, **named).path
     asked = simulation(data[:1], task="nodule-classification", plan={"rounds": 1}, epsilon=float("inf"))
     plain = start(asked, tmp_path / "plain", DISPLAY)
     augmented = start(replace(asked, augment_with=str(private)), tmp_path / "augmented", DISPLAY)

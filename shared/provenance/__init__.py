@@ -1,0 +1,1 @@
+"""Where a model comes from, and reading files that somebody else wrote."""
