@@ -26,6 +26,8 @@ most c·e^((α - 1)(L(h) + ρ(R) - ε)). That also bounds the histories after wh
 at most c·e^((α - 1)(ρ(P) + ρ(R) - ε)) ≤ δ: once, for all outcomes together. That is why P counts whole.
 
 The order is fixed with the first release, from public numbers: it admits most steps of the first plan under the cap.
+Runs of a ledger from before admissions are the filter's, by what they released: to admit one by PLD later would let a
+server choose, after outcomes, between its end and another run.
 """
 
 from collections.abc import Sequence
@@ -136,9 +138,8 @@ def admit(spending: Spending, proposal: Proposal, cap: Cap) -> Admission:
     if known and known.rule is Rule.PLD:
         _check_within_plan(spending, proposal, known, cap)
         return known
-    alone = all(run == proposal.run for run, _ in spending.releases)
     order = _order(spending, proposal, cap)
-    if alone and not known and _fits_by_pld_only(proposal, order, cap):
+    if not spending.releases and _fits_by_pld_only(proposal, order, cap):
         return Admission(proposal.run, Rule.PLD, proposal.planned, order)
     if proposal.release is None:
         after = [*spending.counted(without=proposal.run), proposal.planned]
