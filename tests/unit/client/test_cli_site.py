@@ -357,7 +357,7 @@ def test_a_checkpoint_without_an_operating_point_decides_at_one_half_and_says_so
     assert {row["threshold"] for row in csv.DictReader(out.read_text().splitlines())} == {"0.500000"}
     sidecar.write_text(json.dumps({**described, "operating_point": {"threshold": 7}}))
     assert call(monkeypatch, "predict", saved.path, dicom, "--out", out, "--workers", 1) == 1
-    assert "damaged operating_point" in capfd.readouterr().err
+    assert "operating_point is not as it must be" in capfd.readouterr().err
 
 
 def test_predictions_are_the_models_and_stay_with_their_pseudonyms(

@@ -176,7 +176,7 @@ def test_predictions_carry_the_one_pseudonym_of_linked_identifiers(export, tmp_p
     model = find_task("nodule-classification").build()
     saved = save_checkpoint(tmp_path / "c", model, run="r", number=1, task="nodule-classification", plan_digest="p")
     out = tmp_path / "p.csv"
-    predict(saved.path, export.dicom, export.annotations, out, secret=SECRET, identities=identities)
+    predict(saved.path, export.dicom, export.annotations, out, secret=SECRET, identities=identities, pseudonymous=True)
     assert out.read_text().count(min(key("P-1"), key("P-2")).hex()) == 2
 
 

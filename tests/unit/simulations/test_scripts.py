@@ -19,6 +19,7 @@ REFUSED = {
     "monitor_bench": [f"{MISSING}.safetensors"],
     "personal_gains": [f"{MISSING}.safetensors", f"{MISSING}.csv"],
     "phantom_start": ["TMP/file/start.safetensors"],
+    "public_start": ["glucose-forecast", f"{MISSING}.safetensors"],
     "step_cost": [MISSING],
     "synthesis_study": ["--data", MISSING, "--heldout", MISSING, "--out", "TMP/out"],
     "warnings": [f"{MISSING}.safetensors", f"{MISSING}.csv"],
