@@ -130,6 +130,14 @@ def stop(server: Server, run_name: Run) -> None:
     say(f"{run_name} is being stopped. Go on with: fedward-server resume {server} {run_name}")
 
 
+def wait_for(server: Server, run_name: Run) -> None:
+    """Follow a run to its end, as 'run --wait' does; exit 0 only if it completes."""
+    from server.operations import follow
+    from server.runs import find_run
+
+    exit_with(follow(find_run(server, run_name), ERRORS))
+
+
 def resume(
     server: Server,
     run_name: Run,
@@ -179,6 +187,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command(epilog=_STATUS_EXAMPLES)(status)
     app.command(epilog="Example:  fedward-server logs srv run-1")(logs)
     app.command(epilog="Example:  fedward-server stop srv run-1")(stop)
+    app.command("wait", epilog="Example:  fedward-server wait srv run-1")(wait_for)
     app.command(epilog="Example:  fedward-server resume srv run-1 --wait")(resume)
     app.command(epilog="Example:  fedward-server report srv run-1 --out report")(report)
     app.command(epilog="Example:  fedward-server export srv run-1 --out model")(export)

@@ -13,7 +13,7 @@ from rich.console import Console
 from server import cli
 from server.checkpoints import save_checkpoint
 from server.operations import follow
-from server.registry import COMPLETED, RoundRow
+from server.registry import COMPLETED, STOPPED, RoundRow
 from server.runs import find_run
 from shared.errors import ErrorCode, FederationError
 from shared.tasks.registry import find_task
@@ -129,6 +129,25 @@ def test_a_followed_run_ends_with_its_warnings(server: str, tmp_path: Path, monk
     said = io.StringIO()
     assert follow(run, Console(file=said)) is None
     assert said.getvalue().splitlines()[-1] == "warning: Nothing was validated. No held-out patients judged this model."
+
+
+def test_a_run_is_waited_for_again_and_its_end_is_the_exit_code(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, end in (("run-1", lambda registry: registry.end("run-1", COMPLETED)), ("run-2", None)):
+        assert call(monkeypatch, "run", server, str(tmp_path / "plan.toml")) == 0
+        if end:
+            registry = find_run(Path(server), name).registry()
+            registry.add_round(name, RoundRow(2, 1.0, None, {"h1": "ok"}))
+            end(registry)
+    assert call(monkeypatch, "wait", server, "run-1") == 0
+    assert "Nothing was validated" in capfd.readouterr().err
+    assert call(monkeypatch, "stop", server, "run-2") == 0
+    find_run(Path(server), "run-2").registry().end("run-2", STOPPED)
+    assert call(monkeypatch, "wait", server, "run-2") == 1
+    assert "Go on with: fedward-server resume" in capfd.readouterr().err
+    assert call(monkeypatch, "wait", server, "run-9") == 1
+    assert "run-9" in capfd.readouterr().err
 
 
 def test_sites_are_shown_for_people_and_scripts(
