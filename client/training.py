@@ -32,7 +32,7 @@ from shared.dp.step import OrdinaryStep, PrivateStep
 from shared.dp.subnormals import with_subnormals_flushed
 from shared.errors import PolicyError
 from shared.plan import FEDPROX, RunPlan
-from shared.tasks.base import Batch, PatientDataset, Task
+from shared.tasks.base import Batch, PatientDataset, Task, hold_all_but
 from shared.tasks.sampling import poisson_sample
 from shared.weights import Vector, pack, unpack
 
@@ -179,14 +179,6 @@ def draw_own(patients: PatientDataset, chosen: Tensor, records_per_patient: int,
             for one in chosen.split(1)
         ]
     )
-
-
-def hold_all_but(part: nn.Module, model: nn.Module) -> nn.Module:
-    """Fix every parameter of ``model`` but those of its ``part``, so that no patient moves it; return the part."""
-    moved = {id(parameter) for parameter in part.parameters() if parameter.requires_grad}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in moved)
-    return part
 
 
 def make_optimizer(model: nn.Module, plan: RunPlan, round_number: int) -> Optimizer:
