@@ -24,9 +24,10 @@ from client.chain import Head
 from client.config import SitePolicy, is_name
 from client.ledger import Ledger, ReleaseRequest, Reservation
 from client.policy import check_budget, check_engine, check_hours, check_plan, check_weights
-from client.training import Randomness, check_room, train_round
+from client.training import Randomness, check_room, rung_of, train_round
 from shared.accounting import Mechanism, epsilon_of
 from shared.dp.noise import KEY_BYTES
+from shared.dp.rungs import Rung
 from shared.errors import ErrorCode, PolicyError, ProtocolError
 from shared.messages import PlanQuery, SiteOffer, TrainReply, TrainRequest
 from shared.plan import RunPlan
@@ -138,7 +139,8 @@ class Site:
         plan, run = query.plan, self._run(query.run)
         asked = {"kind": "query", "run": run, "plan": plan.digest}
         with self.audit.decision(**asked) as log:
-            self.synthetic(self._admit(plan))
+            task = self._admit(plan)
+            self._rung(task, plan, self.synthetic(task))  # an unsafe machine refuses before anything is spent
             if self.ledger.plan_of(run) not in (None, plan.digest):
                 raise ProtocolError("This run began here under another plan.", ErrorCode.PLAN_CHANGED)
             earlier = self.ledger.mechanisms(except_run=run)
@@ -159,7 +161,8 @@ class Site:
         with self.audit.decision(**asked) as log:
             task = self._admit(plan)
             check_weights(request.weights, task, self.policy)
-            reservation = self._reserve(request, task, log, asked)
+            rung = self._rung(task, plan, self.synthetic(task))
+            reservation = self._reserve(request, task, log, asked, rung)
         if reservation.reply is not None:
             return TrainReply(request.round, plan.digest, np.frombuffer(reservation.reply, np.float32))
         if reservation.key is None:
@@ -174,15 +177,18 @@ class Site:
                 plan,
                 request.round,
                 request.weights,
-                declared_patients=self.policy.declared_patients + (len(added) if added else 0),
+                declared_patients=self._declared(synthetic),
                 randomness=self._randomness(reservation.key),
+                rung=rung,
             )
             with self.audit.session() as log:
                 announce = self._announcement(log, asked | _generator(synthetic), plan, None)
                 self.ledger.commit(reservation, weights.tobytes(), announce)
         return TrainReply(request.round, plan.digest, weights)
 
-    def _reserve(self, request: TrainRequest, task: Task, log: AuditSession, asked: Mapping[str, Any]) -> Reservation:
+    def _reserve(
+        self, request: TrainRequest, task: Task, log: AuditSession, asked: Mapping[str, Any], rung: Rung | None
+    ) -> Reservation:
         plan, details = request.plan, dict(asked)
         release = ReleaseRequest(
             run=self._run(request.run),
@@ -200,6 +206,8 @@ class Site:
             check_hours(datetime.now(UTC), self.policy)
             check_budget(earlier, release.mechanism, plan, self.policy)
             details.update(_generator(self.synthetic(task)))
+            if rung:
+                details.update(rung=rung.name, threads=rung.threads)
 
         return self.ledger.reserve(
             release, self._key(request), check, self._announcement(log, details, plan, release.mechanism)
@@ -237,6 +245,18 @@ class Site:
             raise PolicyError(f"The prepared store holds {self.store.kind}, the task reads {task.store_kind}.")
         self.check_patients()
         return task
+
+    def _declared(self, synthetic: Synthetic | None) -> int:
+        """The public number of patients who train, synthetic ones included."""
+        return self.policy.declared_patients + (len(synthetic.patients) if synthetic else 0)
+
+    def _rung(self, task: Task, plan: RunPlan, synthetic: Synthetic | None) -> Rung | None:
+        """How the private passes run on this machine; ``None`` without privacy.
+
+        Raises:
+            FederationError: With ``UNSAFE_KERNELS``, if no way is safe.
+        """
+        return rung_of(task, plan, self._declared(synthetic)) if plan.private else None
 
     def _run(self, name: str) -> str:
         return f"{self.server}/{name}" if self.server else name

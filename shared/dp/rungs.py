@@ -62,8 +62,9 @@ class Rung:
 
 
 def ladder(threads: int) -> tuple[Rung, ...]:
-    """Return the rungs for so many wanted threads, the fastest first."""
-    return Rung(FAST, threads), Rung(ONE_THREAD, 1), Rung(ONE_BY_ONE, 1)
+    """Return the rungs for so many wanted threads, the fastest first. For one thread the first two are the same."""
+    fast = (Rung(FAST, threads),) if threads > 1 else ()
+    return *fast, Rung(ONE_THREAD, 1), Rung(ONE_BY_ONE, 1)
 
 
 def compute_in_full_precision() -> None:
