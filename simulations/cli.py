@@ -14,6 +14,7 @@ from client.cli import synthesise
 from shared.errors import StorageError
 from simulations import service_cli
 from simulations.scripts import run_script
+from simulations.step_attacks import cli as attack_cli
 
 _CONSOLE = Console()
 _EXAMPLES = """
@@ -50,6 +51,7 @@ app = typer.Typer(
     help="Simulate a federation of hospitals on this machine.",
 )
 app.add_typer(service_cli.app, name="bench-service")
+app.add_typer(attack_cli.app, name="attack")
 
 
 @app.callback()
