@@ -287,3 +287,7 @@ def _show(summary: dict[str, Any], out: Path) -> None:
 def main() -> None:
     """Run the command; errors become one sentence and exit code 1."""
     run_script(app, "fedward-sim")
+
+
+if __name__ == "__main__":
+    main()
