@@ -78,4 +78,4 @@ def compute_in_full_precision() -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-    torch.backends.mkldnn.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    torch.backends.mkldnn.fp32_precision = "ieee"
