@@ -161,8 +161,7 @@ class Site:
         with self.audit.decision(**asked) as log:
             task = self._admit(plan)
             check_weights(request.weights, task, self.policy)
-            rung = self._rung(task, plan, self.synthetic(task))
-            reservation = self._reserve(request, task, log, asked, rung)
+            reservation = self._reserve(request, task, log, asked)
         if reservation.reply is not None:
             return TrainReply(request.round, plan.digest, np.frombuffer(reservation.reply, np.float32))
         if reservation.key is None:
@@ -179,16 +178,14 @@ class Site:
                 request.weights,
                 declared_patients=self._declared(synthetic),
                 randomness=self._randomness(reservation.key),
-                rung=rung,
+                rung=self._rung(task, plan, synthetic),
             )
             with self.audit.session() as log:
                 announce = self._announcement(log, asked | _generator(synthetic), plan, None)
                 self.ledger.commit(reservation, weights.tobytes(), announce)
         return TrainReply(request.round, plan.digest, weights)
 
-    def _reserve(
-        self, request: TrainRequest, task: Task, log: AuditSession, asked: Mapping[str, Any], rung: Rung | None
-    ) -> Reservation:
+    def _reserve(self, request: TrainRequest, task: Task, log: AuditSession, asked: Mapping[str, Any]) -> Reservation:
         plan, details = request.plan, dict(asked)
         release = ReleaseRequest(
             run=self._run(request.run),
@@ -205,8 +202,8 @@ class Site:
             """Only what is new is checked: a round that began may be repeated after hours, or its reply sent again."""
             check_hours(datetime.now(UTC), self.policy)
             check_budget(earlier, release.mechanism, plan, self.policy)
-            details.update(_generator(self.synthetic(task)))
-            if rung:
+            details.update(_generator(synthetic := self.synthetic(task)))
+            if rung := self._rung(task, plan, synthetic):
                 details.update(rung=rung.name, threads=rung.threads)
 
         return self.ledger.reserve(
