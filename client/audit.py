@@ -15,7 +15,8 @@ One train request, the lines ``asked`` and ``reserved``, then ``released``; what
 | ``released``, before the ledger's  | log one line ahead         | ``recovered``: nothing left; ``resumed``  |
 | the ledger's commit                | they agree                 | the repeated request is ``replayed``      |
 
-A line ``reserved`` names the mechanism and, as ``noise``, where its noise comes from.
+A line ``reserved`` names the mechanism and, as ``noise``, where its noise comes from. As ``rung`` and ``threads`` it
+says on which kernels its private passes run (:mod:`shared.dp.rungs`).
 
 So a log is at most one ``asked`` and one more line ahead of its ledger. Further ahead, the ledger is an old copy.
 

@@ -11,7 +11,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from client.books_cli import add_commands as add_books
-from client.console import CONSOLE, ERRORS, SiteFolder, TrustingSite, doubt, open_site, say, trust_of, warn
+from client.console import (
+    CONSOLE,
+    ERRORS,
+    AsJson,
+    SiteFolder,
+    TrustingSite,
+    doubt,
+    open_site,
+    print_json,
+    say,
+    trust_of,
+    warn,
+)
 from client.monitor.cli import add_commands as add_monitor
 from shared.errors import FederationError, StorageError
 from shared.terminal import print_table
@@ -171,6 +183,7 @@ def intake(
 def start(site: SiteFolder) -> None:
     """Serve the server's requests until SIGTERM or Ctrl-C."""
     from client.daemon import Connection, run_daemon
+    from client.selftest import examine
     from shared.logs import configure_logs
 
     opened = open_site(site)
@@ -181,12 +194,39 @@ def start(site: SiteFolder) -> None:
     opened.check_patients()
     configure_logs()
     opened.audit.note("started", policy=policy.digest)
+    examine(site, policy)
     connection = Connection(
         server=policy.server, keep_alive_s=policy.keep_alive_s, proxy=policy.proxy, health_port=policy.health_port
     )
     run_daemon(site, connection, site=policy.name)
     logging.shutdown()
     os._exit(0)  # all is on disk; to take torch and gRPC apart in order would take seconds
+
+
+@app.command(epilog="Example:  fedward-site selftest H1 --json")
+def selftest(
+    site: Annotated[Path | None, typer.Argument(help="The site's folder. Default: every installed task.")] = None,
+    task: Annotated[str | None, typer.Option(help="This task only.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Default: site.toml's, or the cores.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Test whether this machine's kernels keep patients apart to the last bit. Exit code 1 if some task is unsafe."""
+    from client.selftest import DECLARED, use_threads, verdicts
+    from shared.tasks.registry import all_tasks, find_task
+
+    policy = open_site(site).policy if site else None
+    names = [find_task(task).name] if task else list(policy.tasks if policy else all_tasks())
+    use_threads(threads or (policy.threads if policy else 0))
+    found = verdicts(names, policy.declared_patients if policy else DECLARED)
+    if as_json:
+        print_json({verdict.task: verdict.facts for verdict in found})
+    else:
+        table = Table("task", "rung", "threads", "largest difference")
+        for verdict in found:
+            table.add_row(verdict.task, verdict.rung or "unsafe", str(verdict.threads), f"{verdict.difference:.1e}")
+        print_table(CONSOLE, table)
+    if not all(verdict.safe for verdict in found):
+        raise typer.Exit(1)
 
 
 @app.command(

@@ -38,6 +38,7 @@ COMMENTS = {
     "proxy": 'HTTP proxy towards the server, "http://host:port"; empty for none.',
     "keep_alive_s": "A sign of life after so many idle seconds, so that a firewall keeps the connection.",
     "health_port": "Port of /healthz and /metrics on this machine's loopback; 0 lets the system choose.",
+    "threads": "Threads that train here; 0 for one a core. The setting OMP_NUM_THREADS does not count.",
     "max_message_mib": "Larger weights from the server are refused, in MiB.",
 }
 _AUTOMATIC = 0.0
@@ -64,6 +65,7 @@ class SitePolicy:
     proxy: str = ""
     keep_alive_s: float = 60.0
     health_port: int = 0
+    threads: int = 0
     max_message_mib: int = 256
 
     def __post_init__(self) -> None:
@@ -85,6 +87,7 @@ class SitePolicy:
             'proxy must be "http://host:port"': not self.proxy or is_address(self.proxy.removeprefix("http://")),
             "keep-alive-s must lie between 10 and 7200": 10.0 <= self.keep_alive_s <= 7200.0,
             "health-port must lie between 0 and 65535": 0 <= self.health_port <= 65_535,
+            "threads must lie between 0 and 1024": 0 <= self.threads <= 1024,
             "max-message-mib must lie between 1 and 256": 1 <= self.max_message_mib <= 256,
         }
         if broken := [rule for rule, holds in rules.items() if not holds]:  # NaN holds nowhere

@@ -1,5 +1,6 @@
 """What a site's steward is shown: budget, releases, store, audit log, daemon. Plain JSON values; nothing is written."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -8,7 +9,7 @@ from typing import Any
 
 from client.audit_check import verify
 from client.site import Site
-from client.status import HEALTH_PORT_FILE
+from client.status import HEALTH_PORT_FILE, SELFTEST_FILE
 from shared.accounting import epsilon_of
 from shared.errors import StorageError
 from shared.records import RecordStore, stores_in
@@ -60,7 +61,17 @@ def status_of(site: Site) -> dict[str, Any]:
         | {"releases": len(books["releases"])},
         "audit": {"ok": not checked.problems, "lines": checked.head.sequence, "head": checked.head.sha256},
         "daemon": daemon_health(site.folder, site.policy.health_port),
+        "selftest": last_selftest(site.folder),
     }
+
+
+def last_selftest(folder: Path) -> dict[str, str]:
+    """Return what the daemon's last self-test said, by task; nothing if there was none or it cannot be read."""
+    try:
+        verdicts = json.loads((folder / SELFTEST_FILE).read_bytes())
+        return {str(v["task"]): f"{v['rung'] or 'unsafe'}, {int(v['threads'])} threads" for v in verdicts}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def daemon_health(folder: Path, configured: int) -> Mapping[str, Any]:

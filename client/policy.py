@@ -5,11 +5,10 @@ from datetime import datetime
 import numpy as np
 
 from client.config import SitePolicy
-from client.training import hold_all_but
 from shared.dp.step import ENGINES
 from shared.errors import ErrorCode, FederationError, PolicyError
 from shared.plan import RunPlan
-from shared.tasks.base import Task
+from shared.tasks.base import Task, hold_all_but
 from shared.tasks.registry import find_task
 from shared.weights import Vector, unpack
 

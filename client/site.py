@@ -25,9 +25,10 @@ from client.budget import Admission, Proposal, Spending, admit
 from client.config import SitePolicy
 from client.ledger import Ledger, ReleaseRequest, Reservation
 from client.policy import check_engine, check_hours, check_plan, check_weights
-from client.training import Randomness, check_room, train_round
+from client.training import Randomness, check_room, rung_of, train_round
 from shared.accounting import Mechanism
 from shared.dp.noise import KEY_BYTES
+from shared.dp.rungs import Rung
 from shared.errors import ErrorCode, PolicyError, ProtocolError
 from shared.messages import PlanQuery, SiteOffer, TrainReply, TrainRequest
 from shared.plan import RunPlan
@@ -162,7 +163,7 @@ class Site:
         asked = {"kind": "query", "run": run, "plan": plan.digest}
         with self.audit.decision(**asked) as log:
             task = self._admit(plan)
-            self.synthetic(task)
+            self._rung(task, plan, self.synthetic(task))  # an unsafe machine refuses before anything is spent
             if self.ledger.plan_of(run) not in (None, plan.digest):
                 raise ProtocolError("This run began here under another plan.", ErrorCode.PLAN_CHANGED)
             whole, spending = plan.mechanism(plan.rounds), self.ledger.spending()
@@ -202,8 +203,9 @@ class Site:
                 plan,
                 request.round,
                 request.weights,
-                declared_patients=self.policy.declared_patients + (len(added) if added else 0),
+                declared_patients=self._declared(synthetic),
                 randomness=self._randomness(reservation.key),
+                rung=self._rung(task, plan, synthetic),
             )
             with self.audit.session() as log:
                 details = asked | _generator(synthetic) | self._spent(plan, self.ledger.spending())
@@ -230,7 +232,10 @@ class Site:
             """Only what is new is checked: a round that began may be repeated after hours, or its reply sent again."""
             check_hours(datetime.now(UTC), self.policy)
             admission = admit(spending, proposal, self.policy.cap)
-            details.update(_generator(self.synthetic(task)) | self._reserved(plan, task, mechanism, admission))
+            details.update(_generator(synthetic := self.synthetic(task)))
+            details.update(self._reserved(plan, task, mechanism, admission))
+            if rung := self._rung(task, plan, synthetic):
+                details.update(rung=rung.name, threads=rung.threads)
             details.update(self._spent(plan, spending.after(proposal.run, mechanism, admission)))
             return admission
 
@@ -261,6 +266,18 @@ class Site:
         check_engine(plan, task)
         check_room(len(self.store_of(task.store_kind)), self.policy.declared_patients)
         return task
+
+    def _declared(self, synthetic: Synthetic | None) -> int:
+        """The public number of patients who train, synthetic ones included."""
+        return self.policy.declared_patients + (len(synthetic.patients) if synthetic else 0)
+
+    def _rung(self, task: Task, plan: RunPlan, synthetic: Synthetic | None) -> Rung | None:
+        """How the private passes run on this machine; ``None`` without privacy.
+
+        Raises:
+            FederationError: With ``UNSAFE_KERNELS``, if no way is safe.
+        """
+        return rung_of(task, plan, self._declared(synthetic)) if plan.private else None
 
     def _run(self, name: str) -> str:
         return f"{self.server}/{name}" if self.server else name

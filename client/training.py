@@ -28,11 +28,12 @@ from torch.optim import SGD, Adam, Optimizer
 from shared.dp.memory import keep_freed_memory
 from shared.dp.noise import KeyStream, NoiseSource, SecureNoise, SeededNoise
 from shared.dp.passes import Passes, most_patients
+from shared.dp.rungs import Rung
+from shared.dp.selftest import Finding, Shape, climb, safe_rung
 from shared.dp.step import OrdinaryStep, PrivateStep
-from shared.dp.subnormals import with_subnormals_flushed
 from shared.errors import PolicyError
 from shared.plan import FEDPROX, RunPlan
-from shared.tasks.base import Batch, PatientDataset, Task
+from shared.tasks.base import Batch, PatientDataset, Task, hold_all_but
 from shared.tasks.sampling import poisson_sample
 from shared.weights import Vector, pack, unpack
 
@@ -77,6 +78,7 @@ def train_round(
     *,
     declared_patients: int,
     randomness: Randomness,
+    rung: Rung | None = None,
 ) -> Vector:
     """Return the weights ``(D,)`` after one round of local training.
 
@@ -88,8 +90,10 @@ def train_round(
         weights: Global weights ``(D,)``.
         declared_patients: The site's public number of patients, synthetic ones included.
         randomness: Of this release; with everything else equal, the same gives the same result.
+        rung: How the private passes run; by default the one that :func:`rung_of` finds.
 
     Raises:
+        FederationError: With ``UNSAFE_KERNELS``, if no rung is safe on this machine.
         PolicyError: If there are more patients than a private round has room for.
         ProtocolError: If the weights do not fit the model or are not finite.
     """
@@ -115,13 +119,14 @@ def train_round(
     if plan.private:
         check_room(len(patients), declared_patients)
         step = private_step(task, model, optimizer, plan, declared_patients, randomness.noise)
-        passes = passes_of(task, plan, declared_patients)
+        rung = rung or rung_of(task, plan, declared_patients)
+        passes = rung.passes(passes_of(task, plan, declared_patients))
 
         def train() -> None:
             for chosen, drawn in steps:
                 step(passes.of_step(chosen, len(patients), drawn))
 
-        with_subnormals_flushed(train)
+        rung.run(train)
         step.close()
     else:
         ordinary = OrdinaryStep(model, optimizer, task.loss)
@@ -149,6 +154,26 @@ def private_step(
 def passes_of(task: Task, plan: RunPlan, declared_patients: int) -> Passes:
     """Return the passes of each of the plan's private steps."""
     return Passes.of(plan.records_per_patient, task.records_at_once, declared_patients, plan.sample_rate)
+
+
+def rung_of(task: Task, plan: RunPlan, declared_patients: int) -> Rung:
+    """Return how the plan's private passes run with torch's present number of threads.
+
+    Raises:
+        FederationError: With ``UNSAFE_KERNELS``, if no rung is safe on this machine.
+    """
+    return safe_rung(task, shape_of(task, plan, declared_patients), torch.get_num_threads())
+
+
+def findings_of(task: Task, plan: RunPlan, declared_patients: int) -> tuple[Finding, ...]:
+    """Return what the self-test found for the plan's private passes, rung by rung down to the one it took."""
+    return climb(task, shape_of(task, plan, declared_patients), torch.get_num_threads())
+
+
+def shape_of(task: Task, plan: RunPlan, declared_patients: int) -> Shape:
+    """Return what the kernels see in the plan's private steps."""
+    passes = passes_of(task, plan, declared_patients)
+    return Shape(plan.engine, passes, plan.records_per_patient, preferred_device())
 
 
 def check_room(patients: int, declared_patients: int) -> None:
@@ -179,14 +204,6 @@ def draw_own(patients: PatientDataset, chosen: Tensor, records_per_patient: int,
             for one in chosen.split(1)
         ]
     )
-
-
-def hold_all_but(part: nn.Module, model: nn.Module) -> nn.Module:
-    """Fix every parameter of ``model`` but those of its ``part``, so that no patient moves it; return the part."""
-    moved = {id(parameter) for parameter in part.parameters() if parameter.requires_grad}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in moved)
-    return part
 
 
 def make_optimizer(model: nn.Module, plan: RunPlan, round_number: int) -> Optimizer:

@@ -28,6 +28,7 @@ class ErrorCode(StrEnum):
     PLAN_CHANGED = "plan-changed"
     REPLAY_MISMATCH = "replay-mismatch"
     QUORUM_LOST = "quorum-lost"
+    UNSAFE_KERNELS = "unsafe-kernels"
     STORAGE_FAILED = "storage-failed"
     INTERNAL = "internal"
 

@@ -12,7 +12,7 @@ from typing import TextIO
 
 FIELDS = frozenset(
     {"attempt", "child", "code", "delay_s", "kind", "node", "pid", "port", "returncode", "round", "run", "seconds"}
-    | {"server", "site", "task"}
+    | {"rung", "server", "site", "task", "threads"}
 )
 _OURS = ("client", "server", "shared", "simulations")
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from shared.errors import StorageError
 from simulations import service_cli
 from simulations.scripts import run_script
+from simulations.step_attacks import cli as attack_cli
 
 _CONSOLE = Console()
 _EXAMPLES = """
@@ -51,6 +52,7 @@ app = typer.Typer(
     help="Simulate a federation of hospitals on this machine.",
 )
 app.add_typer(service_cli.app, name="bench-service")
+app.add_typer(attack_cli.app, name="attack")
 
 
 @app.callback()
@@ -330,3 +332,7 @@ def _show(summary: dict[str, Any], out: Path) -> None:
 def main() -> None:
     """Run the command; errors become one sentence and exit code 1."""
     run_script(app, "fedward-sim")
+
+
+if __name__ == "__main__":
+    main()

@@ -16,13 +16,13 @@ from typing import Final
 import torch
 from torch import Generator
 
-from client.training import draw_own, hold_all_but, make_optimizer, passes_of, private_step
+from client.training import draw_own, make_optimizer, passes_of, private_step
 from shared.dp.noise import SeededNoise
 from shared.dp.step import OrdinaryStep
 from shared.drafting import draft_plan
 from shared.plan import RunPlan
 from shared.records import RecordStore
-from shared.tasks.base import Batch, PatientDataset, Task
+from shared.tasks.base import Batch, PatientDataset, Task, hold_all_but
 from shared.tasks.registry import find_task
 from simulations.scripts import run_script
 

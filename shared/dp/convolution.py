@@ -125,12 +125,15 @@ def _formed(parameters: _Parameters, geometry: Geometry, wide: Tensor, narrow: T
     norms = torch.linalg.vector_norm(gradients.flatten(2), dim=2).square().sum(0)
     weighted = partial(_summed, gradients, unfolding.fields_first(outputs), weight)
     if bias is None:
-        return Contribution((weight,), norms, lambda c: weighted(c)[:1])
+        return Contribution((weight,), norms, lambda c: weighted(c)[:1], (gradients,))
     if ones:
-        return Contribution((weight, bias), norms, weighted)
+        return Contribution((weight, bias), norms, weighted, (gradients,))
     of_bias = _summed_positions(wide if geometry.transposed else narrow, tape)
     return Contribution(
-        (weight, bias), norms + square_norm(of_bias), lambda c: (weighted(c)[0], weighted_sum(of_bias, c))
+        (weight, bias),
+        norms + square_norm(of_bias),
+        lambda c: (weighted(c)[0], weighted_sum(of_bias, c)),
+        (gradients, of_bias),
     )
 
 

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from shared.dp import convolution, fallback, linear, normalisation, recurrent
 from shared.dp.clipping import clip_coefficients
-from shared.dp.tape import Tape
+from shared.dp.tape import Tape, row_gradients
 from shared.errors import FederationError
 
 Rule = Callable[..., Any]
@@ -82,6 +82,16 @@ class BookKeeping:
                     parameter.grad = gradient
         self._tape.forget()
         return norms
+
+    def rows(self, losses: Tensor) -> tuple[Tensor, Callable[[int], Tensor]]:
+        """Run the backward pass; return squared norms ``(L, B)`` by layer, and what gives a row's gradient ``(D,)``.
+
+        A row's gradient is formed as it would enter the sum. It can be had until the next ``start``.
+        """
+        losses.sum().backward()
+        with torch.no_grad():
+            contributions = list(self._tape.complete(self._parameters))
+            return torch.stack([c.square_norms for c in contributions]), row_gradients(contributions)
 
     def start(self, patients: int) -> None:
         """Expect a forward and backward pass over ``patients`` patients."""

@@ -52,11 +52,14 @@ def dense(parameters: tuple[nn.Parameter, nn.Parameter | None], x: Tensor, g: Te
         return Contribution(_present(weight, bias), norms, lambda c: _weighted(x, g, c)[: 1 + (bias is not None)])
     norms = square_norm(gradients)
     if bias is None:
-        return Contribution((weight,), norms, lambda c: (weighted_sum(gradients, c),))
+        return Contribution((weight,), norms, lambda c: (weighted_sum(gradients, c),), (gradients,))
     # Norm and sum of the bias come from the same numbers, as the weight's do: positions may cancel.
     of_bias = g.sum(1)
     return Contribution(
-        (weight, bias), norms + square_norm(of_bias), lambda c: (weighted_sum(gradients, c), weighted_sum(of_bias, c))
+        (weight, bias),
+        norms + square_norm(of_bias),
+        lambda c: (weighted_sum(gradients, c), weighted_sum(of_bias, c)),
+        (gradients, of_bias),
     )
 
 

@@ -1,6 +1,7 @@
 """The reference engine: Opacus's hooks form every record's gradient; slow, simple, and the tests' second opinion."""
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from opacus import GradSampleModule
@@ -40,20 +41,36 @@ class OpacusHooks:
 
     def clipped_sum(self, losses: Tensor, bound: float, real: int) -> Tensor:
         """Set ``grad`` to the clipped sum of the first ``real`` patients; return all norms ``(B,)``."""
+        by_patient = self._by_patient(losses)
+        with torch.no_grad():
+            norms = torch.stack([square_norm(gradient) for gradient in by_patient.values()]).sum(0).sqrt()
+            coefficients = clip_coefficients(norms, bound, real)
+            for parameter, gradient in by_patient.items():
+                parameter.grad = weighted_sum(gradient, coefficients)
+        return norms
+
+    def rows(self, losses: Tensor) -> tuple[Tensor, Callable[[int], Tensor]]:
+        """Run the backward pass; return squared norms ``(L, B)`` by parameter, and what gives a row's gradient."""
+        by_patient = list(self._by_patient(losses).values())
+        with torch.no_grad():
+            norms = torch.stack([square_norm(gradient) for gradient in by_patient])
+            flat = torch.cat([gradient.flatten(1) for gradient in by_patient], dim=1)
+            one_hot = torch.eye(len(flat), dtype=flat.dtype, device=flat.device)
+            return norms, lambda row: weighted_sum(flat.clone(), one_hot[row])
+
+    def _by_patient(self, losses: Tensor) -> dict[nn.Parameter, Tensor]:
+        """Run the backward pass; return every patient's gradient ``(B, ...)`` of each parameter."""
         with warnings.catch_warnings():
             # The first layer's input is data and has no gradient; torch remarks on it at every hook.
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             losses.sum().backward()
-        parameters = [p for p in self._module.parameters() if p.requires_grad]
-        with torch.no_grad():
-            # The K records of a patient are consecutive rows: their sum is the gradient of the patient's mean.
-            by_patient = [p.grad_sample.view(self._patients, -1, *p.shape).sum(1) for p in parameters]
-            norms = torch.stack([square_norm(gradient) for gradient in by_patient]).sum(0).sqrt()
-            coefficients = clip_coefficients(norms, bound, real)
-            for parameter, gradient in zip(parameters, by_patient, strict=True):
-                parameter.grad = weighted_sum(gradient, coefficients)
+        found: dict[nn.Parameter, Tensor] = {}
+        for parameter in self._module.parameters():
+            if parameter.requires_grad:
+                # The K records of a patient are consecutive rows: their sum is the gradient of the patient's mean.
+                found[parameter] = parameter.grad_sample.view(self._patients, -1, *parameter.shape).sum(1)
                 parameter.grad_sample = None
-        return norms
+        return found
 
     def close(self) -> None:
         """Detach from the model, leaving it an ordinary one."""

@@ -163,6 +163,11 @@ class _Product:
         products = _positions(gates, patients).transpose(1, 2) @ _positions(inputs, patients) if formed else None
         return cls(gates, inputs, products)
 
+    @property
+    def overwritten(self) -> tuple[Tensor, ...]:
+        """What :meth:`weighted` writes to."""
+        return (self.gates,) if self.by_patient is None else (self.by_patient,)
+
     def weighted(self, coefficients: Tensor) -> Tensor:
         """Return the patients' weighted sum ``(k, D)``; scaling the inputs, the smaller side, is enough."""
         if self.by_patient is not None:
@@ -207,7 +212,7 @@ def _one_sided(
         of_x, of_h, *of_bias = product.weighted(coefficients).split([*sizes, *[1] * bias], dim=1)
         return (of_x, of_h, *(b[:, 0].clone() for b in of_bias * 2))
 
-    return Contribution(tuple(p for p in parameters if p is not None), norms, weighted)
+    return Contribution(tuple(p for p in parameters if p is not None), norms, weighted, product.overwritten)
 
 
 def _two_sided(
@@ -244,7 +249,8 @@ def _two_sided(
         weights = torch.cat([both[:shared, :d], n[:, :d]]), both[:, d : d + size]
         return (*weights, torch.cat([both[:shared, -1], n[:, -1]]), both[:, -1].clone()) if bias else weights
 
-    return Contribution(tuple(p for p in parameters if p is not None), norms, weighted)
+    overwritten = whole.overwritten + candidates.overwritten
+    return Contribution(tuple(p for p in parameters if p is not None), norms, weighted, overwritten)
 
 
 def _count(gates: Tensor, patients: int) -> int:

@@ -18,9 +18,13 @@ never the batch's size or the true count, which are sensitive.
 | more patients than one pass takes | the clipped sums of all passes add up, noise is added once |
 
 Every step has the same number of passes, all of one shape. Both are made of public numbers (:mod:`shared.dp.passes`);
-rows that nobody fills are padding, which counts zero. Kernels round differently for different shapes; under weights
-made for it, one patient more could otherwise change the other patients' rounded gradients, and with them the sum by
-more than C. One shape also makes memory, and so running out of it, independent of the data.
+rows that nobody fills are padding, which counts zero. One shape makes memory, and so running out of it, independent of
+the data.
+
+Kernels also round by the shape and by the row. Under weights made for it, one patient more could otherwise change the
+other patients' rounded gradients, and with them the sum by more than C. So the passes run on kernels under which a
+patient's gradient is the same in every bit, in whichever row and company: :mod:`shared.dp.rungs` says which there are,
+and :mod:`shared.dp.selftest` finds them and bounds the rounding of the sum itself.
 
 The work of a step is constant: the same operations on the same shapes, whoever was sampled and whatever their gradients
 are. The server chooses the weights and sees when a reply comes. Work that depended on a patient would be a message
@@ -55,6 +59,9 @@ class Engine(Protocol):
 
         A patient whose norm is not finite adds nothing, and the work is the same whichever patients those are.
         """
+
+    def rows(self, losses: Tensor) -> tuple[Tensor, Callable[[int], Tensor]]:
+        """Return squared norms ``(L, B)`` by layer, and what gives a row's gradient ``(D,)`` as it enters the sum."""
 
     def close(self) -> None:
         """Detach from the model."""

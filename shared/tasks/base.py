@@ -113,6 +113,14 @@ def whole(model: nn.Module) -> nn.Module:
     return model
 
 
+def hold_all_but(part: nn.Module, model: nn.Module) -> nn.Module:
+    """Fix every parameter of ``model`` but those of its ``part``, so that no patient moves it; return the part."""
+    moved = {id(parameter) for parameter in part.parameters() if parameter.requires_grad}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in moved)
+    return part
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One thing that hospitals can train together.
@@ -129,6 +137,8 @@ class Task:
         build: Makes a model with fresh weights from torch's global generator.
         load: Opens a store as patients.
         loss: Returns ``(B,)``, each the mean over that patient's records; depends on no other patient.
+        random_patients: Makes ``(patients, records, generator)`` a random batch of the form that the store's patients
+            have, with no patient's data in it: what the self-test of the kernels runs on.
         evaluate: Judges a model on a data set that the evaluating party owns.
         evaluate_at: Judges it at the threshold that finds a given share of the positives, for a task that decides.
         defaults: What a plan sets where its author says nothing (fields of :class:`shared.plan.RunPlan`).
@@ -152,6 +162,7 @@ class Task:
     build: Callable[[], nn.Module]
     load: Callable[[RecordStore], PatientDataset]
     loss: Callable[[nn.Module, Batch], Tensor]
+    random_patients: Callable[[int, int, Generator], Batch]
     evaluate: Callable[[nn.Module, RecordStore], Evaluation]
     defaults: Mapping[str, Any]
     without_privacy: Mapping[str, Any] = field(default_factory=dict)

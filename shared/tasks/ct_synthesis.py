@@ -79,6 +79,18 @@ class SynthesisPatients(StoredPatients):
         return Batch({"image": images, "malignant": labels, "latent": latents})
 
 
+def random_patients(patients: int, records: int, generator: Generator) -> Batch:
+    """Return noise in place of patches, with random labels and latents; see :class:`shared.tasks.base.Task`."""
+    shape = (patients, records)
+    return Batch(
+        {
+            "image": torch.rand(*shape, SIDE_PX, SIDE_PX, generator=generator),
+            "malignant": torch.randint(0, len(CLASSES), shape, generator=generator),
+            "latent": torch.randn(*shape, _LATENT, generator=generator),
+        }
+    )
+
+
 def _shifted(stored: Tensor, generator: Generator) -> Tensor:
     """Return patches ``(N, 32, 32)`` cut from ``(N, 36, 36)``, each with its own shift."""
     count = len(stored)
@@ -239,6 +251,7 @@ TASK = Task(
     build=build,
     load=SynthesisPatients,
     loss=loss,
+    random_patients=random_patients,
     evaluate=evaluate,
     private=lambda model: cast(ConditionalGan, model).discriminator,
     post_process=teach_generator,

@@ -90,6 +90,17 @@ def forecast(model: nn.Module, readings: Tensor) -> npt.NDArray[np.float64]:
     return torch.cat(parts).double().numpy()
 
 
+def random_patients(patients: int, records: int, generator: Generator) -> Batch:
+    """Return random walks in place of glucose, with random doses; see :class:`shared.tasks.base.Task`."""
+    shape = (patients, records, HISTORY + HORIZON)
+    glucose = (140.0 + 6.0 * torch.randn(shape, generator=generator).cumsum(-1)).clamp(40.0, 400.0)
+    doses = 3.0 * torch.rand(patients, records, HISTORY, 2, generator=generator)
+    start = torch.randint(0, 1440, (patients, records, 1), generator=generator)
+    minute = (start + STEP_MIN * torch.arange(HISTORY)) % 1440
+    readings = torch.cat([glucose[..., :HISTORY, None], doses, minute[..., None].float()], dim=-1)
+    return Batch({"readings": readings, "path": glucose[..., HISTORY:].contiguous()})
+
+
 def evaluate(model: nn.Module, store: RecordStore) -> Evaluation:
     """Judge the forecasts inside the last readings of every segment; see :mod:`shared.tasks.cgm_windows`."""
     windows = usable_windows(store)
@@ -160,6 +171,7 @@ TASK = Task(
     build=GlucoseForecaster,
     load=GlucosePatients,
     loss=loss,
+    random_patients=random_patients,
     evaluate=evaluate,
     example=example,
     records_at_once=256,

@@ -85,6 +85,12 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(logits, labels.flatten(), reduction="none").view(labels.shape).mean(dim=1)
 
 
+def random_patients(patients: int, records: int, generator: Generator) -> Batch:
+    """Return noise in place of patches, with random labels; see :class:`shared.tasks.base.Task`."""
+    images = torch.rand(patients, records, 1, PATCH_PX, PATCH_PX, generator=generator)
+    return Batch({"image": images, "malignant": torch.randint(0, 2, (patients, records), generator=generator)})
+
+
 def evaluate(model: nn.Module, store: RecordStore) -> Evaluation:
     """Judge by nodule: the mean malignancy probability over a nodule's patches, centred and unaugmented.
 
@@ -176,6 +182,7 @@ TASK = Task(
     build=LungCTNet,
     load=NodulePatients,
     loss=loss,
+    random_patients=random_patients,
     evaluate=evaluate,
     evaluate_at=evaluate_at,
     augmented_by="ct-synthesis",

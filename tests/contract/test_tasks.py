@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Generator, nn
 
+from shared.dp.passes import Passes
+from shared.dp.selftest import Shape, climb
 from shared.drafting import draft_plan
 from shared.records import RecordStore
 from shared.tasks.base import Task
@@ -69,6 +71,19 @@ def test_a_patients_loss_depends_on_no_other_patient(task: Task, store: RecordSt
         tensor[1] = tensor[2]
     before, after = task.loss(model, batch), task.loss(model, changed)
     torch.testing.assert_close(before[[0, 2]], after[[0, 2]], rtol=1e-5, atol=1e-6)
+
+
+def test_random_patients_have_the_form_of_the_stores(task: Task, store: RecordStore) -> None:
+    real, made_up = draw(task, store, [0, 1, 2]), task.random_patients(3, 2, Generator().manual_seed(0))
+    forms = [{name: (tensor.shape, tensor.dtype) for name, tensor in batch.fields.items()} for batch in (real, made_up)]
+    assert forms[0] == forms[1]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4, 8])
+def test_some_rung_keeps_patients_apart_to_the_last_bit(task: Task, threads: int) -> None:
+    last = climb(task, Shape("bookkeeping", Passes(7, 1), 2), threads)[-1]
+    assert last.safe
+    assert last.flushed
 
 
 def test_the_same_generator_draws_the_same_batch(task: Task, store: RecordStore) -> None:

@@ -1,7 +1,8 @@
 """A site's answers: policy, budget, replay, and what may leave."""
 
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
+from torch import Tensor
 
 import client.site
 from client.app import SITE_FOLDER, SiteApp, app
@@ -18,9 +20,11 @@ from client.audit_check import verify
 from client.config import SitePolicy
 from client.policy import check_engine
 from client.site import Site, open_books
+from client.training import rung_of
 from shared.accounting import epsilon_of
-from shared.errors import BudgetExceeded, ErrorCode, PlanError, PolicyError, ProtocolError
+from shared.errors import BudgetExceeded, ErrorCode, FederationError, PlanError, PolicyError, ProtocolError
 from shared.messages import PlanQuery, TrainReply, TrainRequest, error_code
+from shared.models.cnn import LungCTNet
 from shared.plan import RunPlan
 from shared.tasks.registry import all_tasks, find_task
 from shared.weights import pack
@@ -242,6 +246,38 @@ def test_nothing_but_code_makes_a_hospitals_noise_repeatable(
     result = verify(site.audit)
     assert result.problems == ()
     assert [f"Line {lines[2].sequence} " in remark and "seeded" in remark for remark in result.remarks] == [True]
+
+
+def test_the_audit_log_names_the_rung_and_the_threads_of_every_reservation(site: Site) -> None:
+    site.answer_train(request())
+    (line,) = [entry for entry in site.audit.read()[0].entries if entry.event == "reserved"]
+    rung = rung_of(find_task(PLAN.task), PLAN, 10)
+    assert (line.fields["rung"], line.fields["threads"]) == (rung.name, rung.threads)
+
+
+@pytest.mark.parametrize("kind", ["query", "train"])
+def test_a_machine_whose_kernels_are_all_unsafe_refuses_before_anything_is_spent(
+    site: Site, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The task's own forward pass rounds otherwise at every call, so that no rung can be safe."""
+    task, calls = find_task(PLAN.task), itertools.count(1)
+    unsafe = replace(task, build=lambda: _Restless(calls))
+    monkeypatch.setattr(client.site, "find_task", lambda _: unsafe)
+    content = PlanQuery("run", PLAN).to_content() if kind == "query" else request().to_content()
+    with pytest.raises(FederationError) as refused:
+        site.answer(kind, content)
+    assert refused.value.code is ErrorCode.UNSAFE_KERNELS
+    assert site.ledger.mechanisms() == ()
+    assert site.audit.read()[0].entries[-1].fields["code"] == "unsafe-kernels"
+
+
+class _Restless(LungCTNet):
+    def __init__(self, calls: Iterator[int]) -> None:
+        super().__init__()
+        self._calls = calls
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * (1.0 + next(self._calls) * 2.0**-20)
 
 
 def test_more_patients_than_a_step_has_room_for_are_refused_before_anything_is_spent(

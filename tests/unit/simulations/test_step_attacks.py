@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from client.training import draw_own, hold_all_but, make_optimizer, passes_of, private_step
+from client.training import draw_own, make_optimizer, passes_of, private_step
 from shared.dp.engine import BookKeeping
 from shared.dp.noise import KeyStream, SecureNoise
 from shared.errors import PlanError
-from shared.tasks.base import Batch
+from shared.tasks.base import Batch, hold_all_but
 from shared.tasks.registry import all_tasks, find_task
 from shared.weights import unpack
 from simulations.step_attacks.timing import OVERFLOW, PATIENTS, SUBNORMAL, Attack, attack_time
