@@ -89,7 +89,11 @@ def _contribution(
     if geometry.groups == 1 and gram_is_cheaper(positions, weight[0].numel(), weight.shape[0]):
         norms = _norms_by_grams(parameters, geometry, wide, narrow, tape)
         gradient_of_sum = partial(_gradient_of_sum, parameters, geometry, inputs, output_gradient)
-        return Contribution(tuple(p for p in parameters if p is not None), norms, gradient_of_sum)
+
+        def of_patients() -> tuple[Tensor, ...]:
+            return inputs.reshape(tape.patients, -1), output_gradient.reshape(tape.patients, -1)
+
+        return Contribution(tuple(p for p in parameters if p is not None), norms, gradient_of_sum, of_patients)
     return _formed(parameters, geometry, wide, narrow, tape)
 
 
@@ -125,15 +129,15 @@ def _formed(parameters: _Parameters, geometry: Geometry, wide: Tensor, narrow: T
     norms = torch.linalg.vector_norm(gradients.flatten(2), dim=2).square().sum(0)
     weighted = partial(_summed, gradients, unfolding.fields_first(outputs), weight)
     if bias is None:
-        return Contribution((weight,), norms, lambda c: weighted(c)[:1], (gradients,))
+        return Contribution((weight,), norms, lambda c: weighted(c)[:1], lambda: (gradients.movedim(1, 0),))
     if ones:
-        return Contribution((weight, bias), norms, weighted, (gradients,))
+        return Contribution((weight, bias), norms, weighted, lambda: (gradients.movedim(1, 0),))
     of_bias = _summed_positions(wide if geometry.transposed else narrow, tape)
     return Contribution(
         (weight, bias),
         norms + square_norm(of_bias),
         lambda c: (weighted(c)[0], weighted_sum(of_bias, c)),
-        (gradients, of_bias),
+        lambda: (gradients.movedim(1, 0), of_bias),
     )
 
 

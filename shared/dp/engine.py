@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from shared.dp import convolution, fallback, linear, normalisation, recurrent
 from shared.dp.clipping import clip_coefficients
-from shared.dp.tape import Tape, row_gradients
+from shared.dp.tape import Tape
 from shared.errors import FederationError
 
 Rule = Callable[..., Any]
@@ -83,15 +83,17 @@ class BookKeeping:
         self._tape.forget()
         return norms
 
-    def rows(self, losses: Tensor) -> tuple[Tensor, Callable[[int], Tensor]]:
-        """Run the backward pass; return squared norms ``(L, B)`` by layer, and what gives a row's gradient ``(D,)``.
+    def rows(self, losses: Tensor) -> tuple[Tensor, ...]:
+        """Run the backward pass; return what a patient's row gives, tensors ``(B, ...)``.
 
-        A row's gradient is formed as it would enter the sum. It can be had until the next ``start``.
+        They are every layer's squared norms, and what each patient puts into the clipped sum. The next pass may
+        overwrite them.
         """
         losses.sum().backward()
         with torch.no_grad():
             contributions = list(self._tape.complete(self._parameters))
-            return torch.stack([c.square_norms for c in contributions]), row_gradients(contributions)
+            norms = torch.stack([c.square_norms for c in contributions], dim=1)
+            return (norms, *(tensor for c in contributions for tensor in c.of_patients()))
 
     def start(self, patients: int) -> None:
         """Expect a forward and backward pass over ``patients`` patients."""

@@ -44,6 +44,6 @@ class Sampled:
                 tuple(parameter for parameter, _ in used),
                 torch.stack([square_norm(gradient) for _, gradient in used]).sum(0),
                 lambda c: tuple(weighted_sum(gradient, c) for _, gradient in used),
-                tuple(gradient for _, gradient in used),
+                lambda: tuple(gradient for _, gradient in used),
             )
         )

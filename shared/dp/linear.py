@@ -49,17 +49,19 @@ def dense(parameters: tuple[nn.Parameter, nn.Parameter | None], x: Tensor, g: Te
     gradients = None if gram_is_cheaper(x.shape[1], x.shape[2], g.shape[2]) else g.transpose(1, 2) @ x
     if gradients is None:
         norms = gram_norm(x, g, int(bias is not None))
-        return Contribution(_present(weight, bias), norms, lambda c: _weighted(x, g, c)[: 1 + (bias is not None)])
+        return Contribution(
+            _present(weight, bias), norms, lambda c: _weighted(x, g, c)[: 1 + (bias is not None)], lambda: (x, g)
+        )
     norms = square_norm(gradients)
     if bias is None:
-        return Contribution((weight,), norms, lambda c: (weighted_sum(gradients, c),), (gradients,))
+        return Contribution((weight,), norms, lambda c: (weighted_sum(gradients, c),), lambda: (gradients,))
     # Norm and sum of the bias come from the same numbers, as the weight's do: positions may cancel.
     of_bias = g.sum(1)
     return Contribution(
         (weight, bias),
         norms + square_norm(of_bias),
         lambda c: (weighted_sum(gradients, c), weighted_sum(of_bias, c)),
-        (gradients, of_bias),
+        lambda: (gradients, of_bias),
     )
 
 
@@ -101,5 +103,5 @@ class _Embedding(torch.autograd.Function):
             of_outputs = scaled(g, coefficients).flatten(0, 1)
             return (torch.zeros_like(weight).index_add_(0, t.flatten(), of_outputs),)
 
-        tape.add(Contribution((weight,), norms, weighted))
+        tape.add(Contribution((weight,), norms, weighted, lambda: (t, g)))
         return None, None, None, None

@@ -115,5 +115,5 @@ def _affine(
         tuple(parameter for parameter, _ in used),
         norms,
         lambda c: tuple(weighted_sum(gradient, c).view_as(parameter) for parameter, gradient in used),
-        tuple(gradient for _, gradient in used),
+        lambda: tuple(gradient for _, gradient in used),
     )

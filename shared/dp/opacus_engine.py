@@ -1,7 +1,6 @@
 """The reference engine: Opacus's hooks form every record's gradient; slow, simple, and the tests' second opinion."""
 
 import warnings
-from collections.abc import Callable
 
 import torch
 from opacus import GradSampleModule
@@ -49,14 +48,9 @@ class OpacusHooks:
                 parameter.grad = weighted_sum(gradient, coefficients)
         return norms
 
-    def rows(self, losses: Tensor) -> tuple[Tensor, Callable[[int], Tensor]]:
-        """Run the backward pass; return squared norms ``(L, B)`` by parameter, and what gives a row's gradient."""
-        by_patient = list(self._by_patient(losses).values())
-        with torch.no_grad():
-            norms = torch.stack([square_norm(gradient) for gradient in by_patient])
-            flat = torch.cat([gradient.flatten(1) for gradient in by_patient], dim=1)
-            one_hot = torch.eye(len(flat), dtype=flat.dtype, device=flat.device)
-            return norms, lambda row: weighted_sum(flat.clone(), one_hot[row])
+    def rows(self, losses: Tensor) -> tuple[Tensor, ...]:
+        """Run the backward pass; return every patient's gradient of each parameter, ``(B, ...)``."""
+        return tuple(self._by_patient(losses).values())
 
     def _by_patient(self, losses: Tensor) -> dict[nn.Parameter, Tensor]:
         """Run the backward pass; return every patient's gradient ``(B, ...)`` of each parameter."""

@@ -9,6 +9,7 @@ so its hidden side has gate gradients of its own.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -163,10 +164,11 @@ class _Product:
         products = _positions(gates, patients).transpose(1, 2) @ _positions(inputs, patients) if formed else None
         return cls(gates, inputs, products)
 
-    @property
-    def overwritten(self) -> tuple[Tensor, ...]:
-        """What :meth:`weighted` writes to."""
-        return (self.gates,) if self.by_patient is None else (self.by_patient,)
+    def of_patients(self, patients: int) -> tuple[Tensor, ...]:
+        """Return what each patient puts into the weighted sum."""
+        if self.by_patient is not None:
+            return (self.by_patient,)
+        return _positions(self.gates, patients), _positions(self.inputs, patients)
 
     def weighted(self, coefficients: Tensor) -> Tensor:
         """Return the patients' weighted sum ``(k, D)``; scaling the inputs, the smaller side, is enough."""
@@ -212,7 +214,8 @@ def _one_sided(
         of_x, of_h, *of_bias = product.weighted(coefficients).split([*sizes, *[1] * bias], dim=1)
         return (of_x, of_h, *(b[:, 0].clone() for b in of_bias * 2))
 
-    return Contribution(tuple(p for p in parameters if p is not None), norms, weighted, product.overwritten)
+    of_patients = partial(product.of_patients, patients)
+    return Contribution(tuple(p for p in parameters if p is not None), norms, weighted, of_patients)
 
 
 def _two_sided(
@@ -249,8 +252,10 @@ def _two_sided(
         weights = torch.cat([both[:shared, :d], n[:, :d]]), both[:, d : d + size]
         return (*weights, torch.cat([both[:shared, -1], n[:, -1]]), both[:, -1].clone()) if bias else weights
 
-    overwritten = whole.overwritten + candidates.overwritten
-    return Contribution(tuple(p for p in parameters if p is not None), norms, weighted, overwritten)
+    def of_patients() -> tuple[Tensor, ...]:
+        return whole.of_patients(patients) + candidates.of_patients(patients)
+
+    return Contribution(tuple(p for p in parameters if p is not None), norms, weighted, of_patients)
 
 
 def _count(gates: Tensor, patients: int) -> int:

@@ -60,8 +60,8 @@ class Engine(Protocol):
         A patient whose norm is not finite adds nothing, and the work is the same whichever patients those are.
         """
 
-    def rows(self, losses: Tensor) -> tuple[Tensor, Callable[[int], Tensor]]:
-        """Return squared norms ``(L, B)`` by layer, and what gives a row's gradient ``(D,)`` as it enters the sum."""
+    def rows(self, losses: Tensor) -> tuple[Tensor, ...]:
+        """Return, for the self-test, what each patient's row gives to the clipped sum: tensors ``(B, ...)``."""
 
     def close(self) -> None:
         """Detach from the model."""

@@ -5,7 +5,7 @@ Each supported layer's backward returns its input's gradient only. In place of t
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -27,13 +27,14 @@ class Contribution:
         square_norms: ``(B,)`` squared L2 norm of each patient's gradient of them.
         weighted: Maps coefficients ``(B,)`` to Σ_b coefficient_b · gradient_b, one tensor per parameter. A patient
             whose coefficient is 0 adds nothing, whatever that gradient is: see :func:`counted`.
-        overwritten: What ``weighted`` writes to, so that a second call gives something else.
+        of_patients: Returns what each patient puts into that sum, tensors ``(B, ...)``: the formed gradient, or the
+            inputs and output gradients that a product over all patients takes. Only the self-test asks.
     """
 
     parameters: tuple[nn.Parameter, ...]
     square_norms: Tensor
     weighted: Weighted
-    overwritten: tuple[Tensor, ...] = ()
+    of_patients: Callable[[], tuple[Tensor, ...]]
 
 
 @dataclass
@@ -97,26 +98,6 @@ class Tape:
         if missing := parameters - seen:
             shapes = ", ".join(str(tuple(parameter.shape)) for parameter in missing)
             raise FederationError(f"Parameters of shape {shapes} got no gradient in the forward pass.")
-
-
-def row_gradients(contributions: Sequence[Contribution]) -> Callable[[int], Tensor]:
-    """Return a function of a row: its gradient ``(D,)``, as it enters the sum when only its coefficient is not 0.
-
-    It is formed by ``weighted`` itself with coefficient 1, on what that found at first.
-    """
-    found = [[tensor.clone() for tensor in contribution.overwritten] for contribution in contributions]
-
-    def of(row: int) -> Tensor:
-        chosen = torch.zeros_like(contributions[0].square_norms)
-        chosen[row] = 1.0
-        parts = []
-        for contribution, values in zip(contributions, found, strict=True):
-            for tensor, value in zip(contribution.overwritten, values, strict=True):
-                tensor.copy_(value)
-            parts += [gradient.flatten() for gradient in contribution.weighted(chosen)]
-        return torch.cat(parts)
-
-    return of
 
 
 def counted(rows: Tensor, coefficients: Tensor) -> Tensor:
