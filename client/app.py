@@ -11,6 +11,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client import guard
+from client.patients import Patients
 from client.site import Site
 
 SITE_FOLDER, SERVER_FINGERPRINT = "site-folder", "server-fingerprint"
@@ -27,7 +28,11 @@ class SiteApp(ClientApp):
 
     def __init__(self, simulation_seed: int | None = None) -> None:
         super().__init__()
-        self._simulation_seed = simulation_seed
+        self._simulation_seed, self._patients = simulation_seed, Patients()
+
+    def prepare(self, folder: Path) -> None:
+        """Open the patients in a site's folder before the first message. Raises StorageError or PolicyError."""
+        Site(folder, self._simulation_seed, patients=self._patients).open_patients()
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Return what may leave the hospital in answer to ``message``."""
@@ -37,7 +42,8 @@ class SiteApp(ClientApp):
 
     def _site(self, context: Context) -> Site:
         config = context.node_config
-        return Site(Path(str(config[SITE_FOLDER])), self._simulation_seed, str(config.get(SERVER_FINGERPRINT, "")))
+        server = str(config.get(SERVER_FINGERPRINT, ""))
+        return Site(Path(str(config[SITE_FOLDER])), self._simulation_seed, server, self._patients)
 
 
 app = SiteApp()

@@ -182,6 +182,7 @@ def intake(
 @app.command(epilog="Example:  fedward-site start H1")
 def start(site: SiteFolder) -> None:
     """Serve the server's requests until SIGTERM or Ctrl-C."""
+    from client.app import app as answers
     from client.daemon import Connection, run_daemon
     from client.selftest import examine
     from shared.logs import configure_logs
@@ -195,6 +196,7 @@ def start(site: SiteFolder) -> None:
     configure_logs()
     opened.audit.note("started", policy=policy.digest)
     examine(site, policy)
+    answers.prepare(site)
     connection = Connection(
         server=policy.server, keep_alive_s=policy.keep_alive_s, proxy=policy.proxy, health_port=policy.health_port
     )

@@ -10,7 +10,7 @@ signing.pub      the keys trusted to sign checkpoints, if any (shared.provenance
 import hashlib
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from client.augmentation import Augmented, Synthetic, load_synthetic
 from client.budget import Admission, Proposal, Spending, admit
 from client.config import SitePolicy
 from client.ledger import Ledger, ReleaseRequest, Reservation
+from client.patients import Patients
 from client.policy import check_engine, check_hours, check_plan, check_weights
 from client.training import Randomness, check_room, rung_of, train_round
 from shared.accounting import Mechanism
@@ -34,7 +35,7 @@ from shared.messages import PlanQuery, SiteOffer, TrainReply, TrainRequest
 from shared.plan import RunPlan
 from shared.provenance.bounded import is_name
 from shared.provenance.keys import SIGNING_PUB, Trusted, read_trusted
-from shared.records import RecordStore, open_store, stores_in
+from shared.records import RecordStore, stores_in
 from shared.tasks.base import Task
 from shared.tasks.registry import find_task
 
@@ -60,11 +61,13 @@ class Site:
             the folder, so that no hospital's file can hold it.
         server: Fingerprint of the server's certificate authority: two servers may both have a run of one name.
             Empty in a simulation.
+        patients: What was opened by earlier messages.
     """
 
     folder: Path
     simulation_seed: int | None = None
     server: str = ""
+    patients: Patients = field(default_factory=Patients, compare=False)
 
     @cached_property
     def policy(self) -> SitePolicy:
@@ -81,11 +84,6 @@ class Site:
         """The hospital's audit log."""
         return AuditLog(self.folder / AUDIT, self.ledger)
 
-    @cached_property
-    def _stores(self) -> dict[str, RecordStore]:
-        """The stores opened so far, by kind: a run goes on with the patients with which it began."""
-        return {}
-
     def store_of(self, kind: str) -> RecordStore:
         """The hospital's prepared patients of one kind. All kinds share the ledger, its cap and the pseudonyms.
 
@@ -93,12 +91,18 @@ class Site:
             PolicyError: If only other kinds are prepared.
             StorageError: If nothing is, or the store is damaged.
         """
-        if kind not in self._stores:
-            others = [name for name in stores_in(self.folder) if name not in ("", kind)]
-            if others and kind not in stores_in(self.folder):
-                raise PolicyError(f"The prepared stores hold {', '.join(others)}, the task reads {kind}. Run intake.")
-            self._stores[kind] = open_store(self.folder, kind)
-        return self._stores[kind]
+        return self.patients.store_of(self.folder, kind)
+
+    def open_patients(self) -> None:
+        """Open the patients of every permitted task that are prepared: see :mod:`client.patients`.
+
+        Raises:
+            StorageError: If a store is damaged.
+        """
+        prepared = stores_in(self.folder)
+        for task in map(find_task, self.policy.tasks):
+            if task.store_kind in prepared:
+                self.patients.of_task(self.folder, task)
 
     @property
     def trusted(self) -> Trusted:
@@ -194,7 +198,7 @@ class Site:
             raise ProtocolError("This release is closed.", ErrorCode.REPLAY_MISMATCH)
         with self.audit.failures("failed", **asked):
             store, synthetic = self.store_of(task.store_kind), self.synthetic(task)
-            own = task.load(store)
+            own = self.patients.of_task(self.folder, task)
             # Drawn as the hospital's own are: X-rays, for one, are not turned.
             added = replace(synthetic.patients, attributes=store.attributes) if synthetic else None
             weights = train_round(
@@ -269,7 +273,7 @@ class Site:
 
     def _declared(self, synthetic: Synthetic | None) -> int:
         """The public number of patients who train, synthetic ones included."""
-        return self.policy.declared_patients + (len(synthetic.patients) if synthetic else 0)
+        return self.policy.declared_patients + (self.policy.augment_patients if synthetic else 0)
 
     def _rung(self, task: Task, plan: RunPlan, synthetic: Synthetic | None) -> Rung | None:
         """How the private passes run on this machine; ``None`` without privacy.

@@ -12,13 +12,18 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+if TYPE_CHECKING:
+    from client.app import SiteApp
 
 _RUN_ID = 1
 _SERVER_NODE = 1
@@ -27,7 +32,7 @@ _FIRST_NODE = 100
 
 def answer(message: Message, folder: str, seed: int) -> Message:
     """Let the site in ``folder`` answer one message with the real ``ClientApp``."""
-    from client.app import SITE_FOLDER, SiteApp  # noqa: PLC0415 - heavy, and needed in workers only
+    from client.app import SITE_FOLDER  # noqa: PLC0415 - heavy, and needed in workers only
 
     node = message.metadata.dst_node_id
     context = Context(
@@ -37,7 +42,15 @@ def answer(message: Message, folder: str, seed: int) -> Message:
         state=RecordDict(),
         run_config={},
     )
-    return SiteApp(seed)(message, context)
+    return _app_of(seed)(message, context)
+
+
+@cache
+def _app_of(seed: int) -> "SiteApp":
+    """The worker's own, which keeps the stores that it opened."""
+    from client.app import SiteApp  # noqa: PLC0415 - as above
+
+    return SiteApp(seed)
 
 
 def _start_worker() -> None:

@@ -217,8 +217,10 @@ def test_synthetic_patients_are_drawn_as_the_hospitals_own(
 ) -> None:
     """Where no image of a hospital is turned, as an X-ray has an up and a down, no synthetic one may be."""
     site, seen = make_site("h1"), list[bool]()
-    store = site.store_of("ct-nodules")
-    monkeypatch.setitem(site._stores, "ct-nodules", replace(store, attributes={**store.attributes, UPRIGHT: True}))
+    store, key = site.store_of("ct-nodules"), (site.folder, "ct-nodules")
+    mark, _ = site.patients._stores[key]
+    upright = replace(store, attributes={**store.attributes, UPRIGHT: True})
+    monkeypatch.setitem(site.patients._stores, key, (mark, upright))
 
     def remember(task: Task, patients: Augmented, *arguments: Any, **more: Any) -> Any:
         seen.extend(is_upright(part.store) for part in (patients.synthetic, patients.own))
