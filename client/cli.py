@@ -71,12 +71,12 @@ def init(
     from client.config import SitePolicy
     from client.setup import init_site
     from shared.errors import PolicyError
-    from shared.tasks.registry import all_tasks
+    from shared.tasks.registry import task_names
 
     if not server:
         raise PolicyError('Say with --server where the server listens, as "host:port".')
     policy = SitePolicy(
-        name=name, declared_patients=declared_patients, tasks=tuple(all_tasks()), max_epsilon=8.0, server=server
+        name=name, declared_patients=declared_patients, tasks=task_names(), max_epsilon=8.0, server=server
     )
     init_site(site, policy, ca, signing_key)
     say(f"Made {site}. Read and sign off {site / 'site.toml'}; send {site / 'site.pub'} to the server's operator.")
