@@ -159,8 +159,10 @@ def intake(
             on_progress=tell,
         )
     _show_intake(report)
+    from client.site import Site
+
     try:
-        opened.check_patients()
+        Site(opened.folder).check_patients()
     except PolicyError as error:
         warn(str(error))
     if replaced:
@@ -170,10 +172,13 @@ def intake(
 @app.command(epilog="Example:  fedward-site start H1")
 def start(site: SiteFolder) -> None:
     """Serve the server's requests until SIGTERM or Ctrl-C."""
+    folder = open_site(site)
+    _ = folder.policy  # a mistake in site.toml is told before torch is imported
     from client.daemon import Connection, run_daemon
+    from client.site import Site
     from shared.logs import configure_logs
 
-    opened = open_site(site)
+    opened = Site(folder.folder)
     policy = opened.policy
     if not policy.server:
         raise StorageError(f'{site / "site.toml"} names no server; give it one: server = "host:port".')

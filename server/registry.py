@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ErrorCode, PlanError, StorageError
+from shared.evaluation import Evaluation
 from shared.metrics import Estimate
 from shared.operating_point import OperatingPoint
 from shared.plan import RunPlan
-from shared.tasks.base import Evaluation
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
