@@ -14,6 +14,7 @@ from client.books_cli import add_commands as add_books
 from client.console import CONSOLE, ERRORS, SiteFolder, TrustingSite, doubt, open_site, say, trust_of, warn
 from client.monitor.cli import add_commands as add_monitor
 from shared.errors import FederationError, StorageError
+from shared.files import reason_of
 from shared.terminal import print_table
 
 if TYPE_CHECKING:
@@ -68,13 +69,13 @@ def init(
     ] = None,
 ) -> None:
     """Make a site's folder: key, rules (site.toml), secret for pseudonyms, ledger, audit log."""
-    from client.config import SitePolicy
+    from client.config import SitePolicy, is_address
     from client.setup import init_site
     from shared.errors import PolicyError
     from shared.tasks.registry import task_names
 
-    if not server:
-        raise PolicyError('Say with --server where the server listens, as "host:port".')
+    if not is_address(server):
+        raise PolicyError(f'--server must be "host:port", such as fedward.example.org:9092, not {server!r}.')
     policy = SitePolicy(
         name=name, declared_patients=declared_patients, tasks=task_names(), max_epsilon=8.0, server=server
     )
@@ -291,7 +292,7 @@ def main() -> None:
         message = str(error)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        message = f"{error.strerror or type(error).__name__}{where}. Check the path, its permissions and the disk."
+        message = f"Cannot go on{where}: {reason_of(error)}"
     else:
         return
     ERRORS.print(f"fedward-site: {message}", style="red", highlight=False, soft_wrap=True, markup=False)
