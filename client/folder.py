@@ -19,6 +19,8 @@ from shared.provenance.keys import SIGNING_PUB, Trusted, read_trusted
 from shared.records import RecordStore, open_store, stores_in
 
 LEDGER, AUDIT, POLICY = "ledger.sqlite", "audit.jsonl", "site.toml"
+HEALTH_PORT_FILE = "health-port"
+"""The port of the daemon's health endpoint, which the system may have chosen."""
 
 
 def open_books(folder: Path) -> None:

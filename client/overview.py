@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from client.audit_check import verify
-from client.folder import Folder
-from client.status import HEALTH_PORT_FILE
+from client.folder import HEALTH_PORT_FILE, Folder
 from shared.accounting import epsilon_of
 from shared.errors import StorageError
 from shared.records import RecordStore, stores_in

@@ -9,8 +9,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from client.channel import LinkFault
 from shared.telemetry import Health
 
-HEALTH_PORT_FILE = "health-port"
-"""In the site's folder: the port of the health endpoint, which the system may have chosen."""
 _LOG = logging.getLogger(__name__)
 
 

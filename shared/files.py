@@ -81,14 +81,9 @@ def storage_errors(path: Path) -> Iterator[None]:
 def reason_of(error: OSError | sqlite3.Error) -> str:
     """Return why a file cannot be used and what to do, as the end of a sentence and another; a full disk by its name.
 
-    SQLite says "database or disk is full" where the system has no room; a quota or a limit on a file's size shows as
-    an I/O error of the system's own.
+    SQLite says "database or disk is full" where the system has no room.
     """
-    full = {
-        errno.ENOSPC: "the disk is full",
-        errno.EDQUOT: "the quota is used up",
-        errno.EFBIG: "the file is too large",
-    }
+    full = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up"}
     if isinstance(error, OSError):
         if error.errno in full:
             return f"{full[error.errno]}. Free some space and try again."

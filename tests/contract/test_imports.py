@@ -14,20 +14,20 @@ from server.config import make_server
 HEAVY = ("torch", "flwr", "opacus", "dp_accounting", "scipy", "matplotlib", "sklearn", "ray")
 _CHILD = """
 import importlib, json, sys
-module, sys.argv = sys.argv[1], ["program", *sys.argv[2:]]
+HEAVY, module, sys.argv = sys.argv[1].split(","), sys.argv[2], ["program", *sys.argv[3:]]
 try:
     importlib.import_module(module).main()
     code = 0
 except SystemExit as end:
     code = end.code or 0
-heavy = [name for name in %r if name in sys.modules]
+heavy = [name for name in HEAVY if name in sys.modules]
 print("\\n" + json.dumps([code, heavy]))
-""" % (HEAVY,)
+"""
 
 
 def ran(module: str, *arguments: object) -> tuple[int, list[str], str]:
     """Return exit code, heavy packages that were imported, and standard error of one command."""
-    command = [sys.executable, "-c", _CHILD, module, *map(str, arguments)]
+    command = [sys.executable, "-c", _CHILD, ",".join(HEAVY), module, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     code, heavy = json.loads(done.stdout.splitlines()[-1])
     return code, heavy, done.stderr

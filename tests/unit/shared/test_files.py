@@ -61,7 +61,7 @@ def test_nothing_is_left_where_a_folder_cannot_be_written(tmp_path: Path, write,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match="No space left"):
+    with pytest.raises(StorageError, match="the disk is full"):
         write(tmp_path / "file", b"content")
     assert list(tmp_path.iterdir()) == []
 
