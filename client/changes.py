@@ -10,8 +10,8 @@ from math import isclose
 from pathlib import Path
 
 from client.config import SitePolicy
+from client.folder import POLICY, Folder
 from client.keys import PRIVATE_KEY, make_key, read_key, write_public_key
-from client.site import POLICY, Site
 from shared.drafting import DELTA_SHARE
 from shared.errors import PolicyError, StorageError
 from shared.files import storage_errors, sync_directory, write_atomic
@@ -39,7 +39,7 @@ def declare(folder: Path, patients: int) -> SitePolicy:
     after = replace(before, declared_patients=patients, max_delta=max_delta)
     with storage_errors(path):
         text = _rewritten(path.read_text(encoding="utf-8"), values)
-    Site(folder).audit.note("configured", policy=after.digest)
+    Folder(folder).audit.note("configured", policy=after.digest)
     write_atomic(path, text.encode())
     write_public_key(folder, key, after.name, patients)
     return after
@@ -58,7 +58,7 @@ def trust(folder: Path, public: Path) -> str:
         raise StorageError(f"There is no {public}. Ask the server's operator for signing.pub.")
     lines = dict.fromkeys(map(public_line, (*read_trusted(path), *fresh)))
     names = " ".join(map(fingerprint, fresh))
-    Site(folder).audit.note("trusted", key=names)
+    Folder(folder).audit.note("trusted", key=names)
     write_atomic(path, b"".join(lines))
     return names
 

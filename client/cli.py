@@ -26,6 +26,7 @@ from client.console import (
 )
 from client.monitor.cli import add_commands as add_monitor
 from shared.errors import FederationError, StorageError
+from shared.files import reason_of
 from shared.terminal import print_table
 
 if TYPE_CHECKING:
@@ -80,15 +81,15 @@ def init(
     ] = None,
 ) -> None:
     """Make a site's folder: key, rules (site.toml), secret for pseudonyms, ledger, audit log."""
-    from client.config import SitePolicy
+    from client.config import SitePolicy, is_address
     from client.setup import init_site
     from shared.errors import PolicyError
-    from shared.tasks.registry import all_tasks
+    from shared.tasks.registry import task_names
 
-    if not server:
-        raise PolicyError('Say with --server where the server listens, as "host:port".')
+    if not is_address(server):
+        raise PolicyError(f'--server must be "host:port", such as fedward.example.org:9092, not {server!r}.')
     policy = SitePolicy(
-        name=name, declared_patients=declared_patients, tasks=tuple(all_tasks()), max_epsilon=8.0, server=server
+        name=name, declared_patients=declared_patients, tasks=task_names(), max_epsilon=8.0, server=server
     )
     init_site(site, policy, ca, signing_key)
     say(f"Made {site}. Read and sign off {site / 'site.toml'}; send {site / 'site.pub'} to the server's operator.")
@@ -171,8 +172,10 @@ def intake(
             on_progress=tell,
         )
     _show_intake(report)
+    from client.site import Site
+
     try:
-        opened.check_patients()
+        Site(opened.folder).check_patients()
     except PolicyError as error:
         warn(str(error))
     if replaced:
@@ -182,12 +185,15 @@ def intake(
 @app.command(epilog="Example:  fedward-site start H1")
 def start(site: SiteFolder) -> None:
     """Serve the server's requests until SIGTERM or Ctrl-C."""
+    folder = open_site(site)
+    _ = folder.policy  # a mistake in site.toml is told before torch is imported
     from client.app import app as answers
     from client.daemon import Connection, run_daemon
     from client.selftest import examine
+    from client.site import Site
     from shared.logs import configure_logs
 
-    opened = open_site(site)
+    opened = Site(folder.folder)
     policy = opened.policy
     if not policy.server:
         raise StorageError(f'{site / "site.toml"} names no server; give it one: server = "host:port".')
@@ -328,7 +334,7 @@ def main() -> None:
         message = str(error)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        message = f"{error.strerror or type(error).__name__}{where}. Check the path, its permissions and the disk."
+        message = f"Cannot go on{where}: {reason_of(error)}"
     else:
         return
     ERRORS.print(f"fedward-site: {message}", style="red", highlight=False, soft_wrap=True, markup=False)

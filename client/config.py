@@ -18,7 +18,8 @@ from shared.drafting import DELTA_SHARE
 from shared.errors import PolicyError, StorageError
 from shared.files import write_atomic
 from shared.provenance.bounded import is_name
-from shared.tasks.registry import all_tasks
+from shared.suggest import suggestion
+from shared.tasks.registry import task_names
 
 COMMENTS = {
     "name": "Public name of this site, as it is enrolled at the server.",
@@ -127,15 +128,18 @@ class SitePolicy:
             raw.pop(table, None)
         known = {field.name.replace("_", "-"): field for field in fields(cls)}
         if unknown := sorted(set(raw) - set(known)):
-            raise PolicyError(f"{path} has unknown keys: {', '.join(unknown)}. The keys are: {', '.join(known)}.")
+            raise PolicyError(
+                f"{path} has unknown keys: {', '.join(unknown)}. The keys are: {', '.join(known)}."
+                f"{suggestion(unknown[0], known)}"
+            )
         if missing := sorted(key for key, field in known.items() if field.default is MISSING and key not in raw):
             raise PolicyError(f"{path} lacks {', '.join(missing)}. Write it as 'fedward-site init' does.")
         values = {known[key].name: _typed(key, value, known[key].type) for key, value in raw.items()}
         policy = cls(**values)
-        if strangers := [task for task in policy.tasks if task not in all_tasks()]:
+        if strangers := [task for task in policy.tasks if task not in task_names()]:
             raise PolicyError(
                 f"{path} permits tasks that are not installed here: {', '.join(strangers)}. The tasks are: "
-                f"{', '.join(all_tasks())}."
+                f"{', '.join(task_names())}.{suggestion(strangers[0], task_names())}"
             )
         return policy
 

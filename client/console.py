@@ -10,7 +10,7 @@ from rich.console import Console
 from shared.errors import StorageError
 
 if TYPE_CHECKING:
-    from client.site import Site
+    from client.folder import Folder
     from client.trained import Trust
 
 CONSOLE, ERRORS = Console(soft_wrap=True), Console(stderr=True)
@@ -21,13 +21,13 @@ TrustingSite = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
-def open_site(folder: Path) -> "Site":
+def open_site(folder: Path) -> "Folder":
     """Open a site's folder. Raises StorageError if it is none."""
-    from client.site import POLICY, Site
+    from client.folder import POLICY, Folder
 
     if not (folder / POLICY).exists():
         raise StorageError(f"There is no site at {folder}. Make one with fedward-site init.")
-    return Site(folder)
+    return Folder(folder)
 
 
 def trust_of(site: Path | None) -> "Trust":

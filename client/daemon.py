@@ -23,9 +23,10 @@ os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from client.channel import Backoff, Endpoint
+from client.folder import HEALTH_PORT_FILE
 from client.keys import read_authority, read_key, server_fingerprint
 from client.link import Link, LinkRefused, Stopped, UnacceptableMessage
-from client.status import HEALTH_PORT_FILE, Status
+from client.status import Status
 from shared.dp.memory import share_arenas
 from shared.errors import ErrorCode, FederationError, StorageError
 from shared.files import storage_errors, write_atomic

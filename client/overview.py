@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from client.audit_check import verify
-from client.site import Site
-from client.status import HEALTH_PORT_FILE, SELFTEST_FILE
+from client.folder import HEALTH_PORT_FILE, SELFTEST_FILE, Folder
 from shared.accounting import epsilon_of
 from shared.errors import StorageError
 from shared.records import RecordStore, stores_in
 from shared.telemetry import health_of
 
 
-def ledger_of(site: Site) -> dict[str, Any]:
+def ledger_of(site: Folder) -> dict[str, Any]:
     """Return every release, what they compose to, and what is left of the budget.
 
     ``epsilon`` is what the cap is compared with (:mod:`client.budget`). ``planned_epsilon`` of a run is the tight one
@@ -50,7 +49,7 @@ def ledger_of(site: Site) -> dict[str, Any]:
     }
 
 
-def status_of(site: Site) -> dict[str, Any]:
+def status_of(site: Folder) -> dict[str, Any]:
     """Return the state of the site at a glance."""
     books, checked = ledger_of(site), verify(site.audit)
     policy = {key.replace("_", "-"): value for key, value in asdict(site.policy).items()}

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 
 from client.config import SitePolicy
-from client.status import SELFTEST_FILE
+from client.folder import SELFTEST_FILE
 from client.training import findings_of
 from shared.drafting import DELTA_SHARE
 from shared.files import write_atomic

@@ -8,6 +8,7 @@ from cryptography import x509
 
 from client.changes import trust
 from client.config import SitePolicy
+from client.folder import LEDGER, POLICY, Folder, open_books
 from client.intake.exports import holds_glucose
 from client.intake.glucose import GlucoseReport, prepare_glucose
 from client.intake.glucose_formats import read_mapping
@@ -16,7 +17,6 @@ from client.intake.links import LINKS, add_links, read_links
 from client.intake.nodules import IntakeReport, Progress, prepare_nodules
 from client.intake.pseudonyms import load_or_create_secret
 from client.keys import make_key
-from client.site import LEDGER, POLICY, Site, open_books
 from shared.errors import IntakeError, StorageError
 from shared.files import storage_errors, sync_directory, write_atomic
 from shared.records import STORES, RecordStore, store_path, stores_in
@@ -51,7 +51,7 @@ def init_site(folder: Path, policy: SitePolicy, authority: Path, signing: Path |
         make_key(temporary, policy.name, policy.declared_patients)
         open_books(temporary)
         (temporary / LEDGER).chmod(0o600)  # it holds the keys of open releases
-        Site(temporary).audit.note("configured", policy=policy.digest)
+        Folder(temporary).audit.note("configured", policy=policy.digest)
         if signing is not None:
             trust(temporary, signing)
         with storage_errors(folder):
@@ -81,7 +81,7 @@ def find_annotations(annotations: Path | None, dicom_dir: Path) -> Path:
 
 
 def fill_store(
-    site: Site,
+    site: Folder,
     export: Path,
     annotations: Path | None,
     *,
@@ -137,7 +137,7 @@ def identities_of(folder: Path) -> Identities:
     return read_identities(folder / POLICY, folder / LINKS)
 
 
-def _clear_way(site: Site) -> Path:
+def _clear_way(site: Folder) -> Path:
     """Tidy up what an earlier intake left that died; return where the new store is made."""
     new, stores = site.folder / ".store.new", site.folder / STORES
     with storage_errors(stores):
@@ -152,7 +152,7 @@ def _clear_way(site: Site) -> Path:
     return new
 
 
-def _install(site: Site, new: Path) -> bool:
+def _install(site: Folder, new: Path) -> bool:
     """Put the new store into the place of its kind; say whether it replaced another."""
     made = RecordStore.open(new)
     store = store_path(site.folder, made.kind)

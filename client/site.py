@@ -1,29 +1,20 @@
-"""A hospital's folder and what it answers: policy, store, ledger, audit log and training joined.
-
-site.toml        the policy (client.config)
-stores/KIND/     the prepared stores, one of each kind (shared.records)
-ledger.sqlite    the privacy ledger (client.ledger)
-audit.jsonl      the audit log (client.audit)
-signing.pub      the keys trusted to sign checkpoints, if any (shared.provenance.keys)
-"""
+"""What a hospital answers: policy, store, ledger, audit log (``client.folder``) and training joined."""
 
 import hashlib
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flwr.app import RecordDict
 
-from client.audit import CHACHA20, NOISELESS, SEEDED, AuditLog, AuditSession
+from client.audit import CHACHA20, NOISELESS, SEEDED, AuditSession
 from client.augmentation import Augmented, Synthetic, load_synthetic
 from client.budget import Admission, Proposal, Spending, admit
-from client.config import SitePolicy
-from client.ledger import Ledger, ReleaseRequest, Reservation
+from client.folder import Folder
+from client.ledger import ReleaseRequest, Reservation
 from client.patients import Patients
 from client.policy import check_engine, check_hours, check_plan, check_weights
 from client.training import Randomness, check_room, rung_of, train_round
@@ -34,29 +25,22 @@ from shared.errors import ErrorCode, PolicyError, ProtocolError
 from shared.messages import PlanQuery, SiteOffer, TrainReply, TrainRequest
 from shared.plan import RunPlan
 from shared.provenance.bounded import is_name
-from shared.provenance.keys import SIGNING_PUB, Trusted, read_trusted
 from shared.records import RecordStore, stores_in
 from shared.tasks.base import Task
 from shared.tasks.registry import find_task
 
-LEDGER, AUDIT, POLICY = "ledger.sqlite", "audit.jsonl", "site.toml"
 _PARSERS: Mapping[str, Callable[[RecordDict], PlanQuery | TrainRequest]] = {
     "query": PlanQuery.from_content,
     "train": TrainRequest.from_content,
 }
 
 
-def open_books(folder: Path) -> None:
-    """Begin the ledger and the audit log of a new site; what is there is left as it is. Raises StorageError."""
-    AuditLog.create(folder / AUDIT, Ledger.create(folder / LEDGER))
-
-
 @dataclass(frozen=True)
-class Site:
-    """One hospital, opened from its folder.
+class Site(Folder):
+    """One hospital, opened from its folder, as it answers the server.
 
     Attributes:
-        folder: See the module.
+        folder: See :mod:`client.folder`.
         simulation_seed: Makes noise repeatable and so worthless as privacy. It is an argument, not a setting in
             the folder, so that no hospital's file can hold it.
         server: Fingerprint of the server's certificate authority: two servers may both have a run of one name.
@@ -64,28 +48,12 @@ class Site:
         patients: What was opened by earlier messages.
     """
 
-    folder: Path
     simulation_seed: int | None = None
     server: str = ""
     patients: Patients = field(default_factory=Patients, compare=False)
 
-    @cached_property
-    def policy(self) -> SitePolicy:
-        """The hospital's rules."""
-        return SitePolicy.read(self.folder / POLICY)
-
-    @cached_property
-    def ledger(self) -> Ledger:
-        """The hospital's privacy ledger."""
-        return Ledger(self.folder / LEDGER)
-
-    @cached_property
-    def audit(self) -> AuditLog:
-        """The hospital's audit log."""
-        return AuditLog(self.folder / AUDIT, self.ledger)
-
     def store_of(self, kind: str) -> RecordStore:
-        """The hospital's prepared patients of one kind. All kinds share the ledger, its cap and the pseudonyms.
+        """The hospital's prepared patients of one kind, opened once: see :mod:`client.patients`.
 
         Raises:
             PolicyError: If only other kinds are prepared.
@@ -103,11 +71,6 @@ class Site:
         for task in map(find_task, self.policy.tasks):
             if task.store_kind in prepared:
                 self.patients.of_task(self.folder, task)
-
-    @property
-    def trusted(self) -> Trusted:
-        """The keys that this hospital trusts to sign checkpoints; none if it was given none."""
-        return read_trusted(self.folder / SIGNING_PUB)
 
     def synthetic(self, task: Task) -> Synthetic | None:
         """The synthetic patients that ``augment-with`` adds to a task's; ``None`` if there are none.

@@ -9,10 +9,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from client.channel import LinkFault
 from shared.telemetry import Health
 
-HEALTH_PORT_FILE = "health-port"
-"""In the site's folder: the port of the health endpoint, which the system may have chosen."""
-SELFTEST_FILE = "selftest.json"
-"""In the site's folder: what the last self-test of the daemon said, by task."""
 _LOG = logging.getLogger(__name__)
 
 

@@ -11,24 +11,24 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors import SafetensorError
-from safetensors.torch import save
-from torch import nn
 
 from shared.errors import StorageError
 from shared.files import storage_errors, write_atomic
 from shared.operating_point import OperatingPoint
-from shared.personal import is_personal
 from shared.provenance.ancestry import Ancestry
 from shared.provenance.bounded import read_bounded
 from shared.provenance.sidecar import Sidecar, read_sidecar, write_sidecar
 from shared.provenance.signing import signed
-from shared.provenance.tensors import MOST_BYTES, load_into, read_weights
+
+if TYPE_CHECKING:
+    from torch import nn
 
 State = Mapping[str, npt.NDArray[np.floating]]
 _KEPT = 2
@@ -69,7 +69,7 @@ class Checkpoint:
 
 def save_checkpoint(
     folder: Path,
-    model: nn.Module,
+    model: "nn.Module",
     *,
     run: str,
     number: int,
@@ -89,6 +89,8 @@ def save_checkpoint(
     """
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    from safetensors.torch import save
+
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
     path = folder / f"round-{number:05d}.safetensors"
     carried = safetensors.numpy.save(dict(strategy_state)) if strategy_state else None
@@ -152,13 +154,16 @@ def _checkpoint(sidecar: Sidecar, weights: Path) -> Checkpoint:
     )
 
 
-def load_weights(path: Path, model: nn.Module, sha256: str | None = None) -> str:
+def load_weights(path: Path, model: "nn.Module", sha256: str | None = None) -> str:
     """Load a safetensors file into the model and return the file's SHA-256.
 
     Raises:
         StorageError: If the file is missing, damaged, not the expected one, of another model, or a hospital's own, or
             a weight is not finite or larger than any trained model's.
     """
+    from shared.personal import is_personal
+    from shared.provenance.tensors import load_into, read_weights
+
     weights = read_weights(path)
     _require_same(path, weights.sha256, sha256)
     if is_personal(weights.metadata):
@@ -187,6 +192,8 @@ def load_strategy(checkpoint: Checkpoint) -> State:
     """
     if checkpoint.strategy_sha256 is None:
         return {}
+    from shared.provenance.tensors import MOST_BYTES
+
     path = checkpoint.path.with_suffix(_STRATEGY)
     content = read_bounded(path, MOST_BYTES)
     _require_same(path, hashlib.sha256(content).hexdigest(), checkpoint.strategy_sha256)

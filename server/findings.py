@@ -9,10 +9,10 @@ from typing import Any
 from server.checkpoints import Checkpoint
 from server.registry import RoundRow, RunRecord, SiteRow
 from shared.errors import PlanError
+from shared.evaluation import Evaluation
 from shared.metrics import Estimate
 from shared.provenance.ancestry import UNKNOWN
 from shared.provenance.card import Card, card_of
-from shared.tasks.base import Evaluation
 from shared.tasks.registry import find_task
 
 EXAMINATION = "examination"

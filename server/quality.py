@@ -17,9 +17,9 @@ from server.markup import (
     tag,
 )
 from server.plots import calibration, convergence, figure, roc
+from shared.evaluation import Evaluation
 from shared.metrics import Estimate
 from shared.operating_point import BALANCED, OperatingPoint
-from shared.tasks.base import Evaluation
 from shared.tasks.ct_nodules import VENDORS
 
 _FORECAST_COLUMNS = (

@@ -39,12 +39,13 @@ from server.registry import (
 from server.replies import FAULTY, check_reply
 from server.strategies import Replies, collect, make_strategy, moments, restore_moments
 from shared.errors import ErrorCode, FederationError, PlanError, ProtocolError, StorageError
+from shared.evaluation import Evaluation
 from shared.messages import TrainRequest
 from shared.operating_point import check_sensitivity
 from shared.plan import RunPlan
 from shared.provenance.card import card_of
 from shared.records import RecordStore
-from shared.tasks.base import Evaluation, Task
+from shared.tasks.base import Task
 from shared.tasks.registry import find_task
 from shared.weights import pack, unpack
 

@@ -52,16 +52,17 @@ def run(
     from server.members import require_members
     from server.operations import follow
     from server.planning import agree_plan, open_heldout, read_plan_request
-    from server.runs import submit
-    from server.supervisor import service_pid
+    from server.runs import service_pid, submit
     from shared.provenance.card import card_of
     from shared.provenance.keys import ensure_signing_key, read_trusted
-    from shared.tasks.registry import find_task
+    from shared.tasks.registry import check_task, find_task
 
     config = ServerConfig.read(server)
     request = read_plan_request(plan)
+    check_task(request.task)
+    members = require_members(server)  # what is cheap to check is checked before torch is imported
     find_task(request.task).check_sensitivity(sensitivity)
-    agreed = agree_plan(request, require_members(server), init_)
+    agreed = agree_plan(request, members, init_)
     if open_heldout(config, agreed.task) is None:
         warn("There are no held-out patients (heldout in server.toml): nothing will be validated.")
     if not agreed.private:
@@ -89,8 +90,7 @@ def status(
     """Show the runs, or one run's rounds."""
     from server.config import ServerConfig
     from server.operations import overview, rounds_table, runs_table
-    from server.runs import all_runs, find_run
-    from server.supervisor import service_pid
+    from server.runs import all_runs, find_run, service_pid
     from shared.telemetry import health_of
 
     config = ServerConfig.read(server)

@@ -237,6 +237,16 @@ def lock_holder(path: Path) -> int | None:
     return None
 
 
+def service_pid(server: Path) -> int | None:
+    """Return the process id of the running service; ``None`` if there is none."""
+    return lock_holder(pid_file(server))
+
+
+def pid_file(server: Path) -> Path:
+    """Return where the running service of an aggregator writes its process id, and holds a lock."""
+    return server / "run" / "pid"
+
+
 def take_lock(handle: TextIO, otherwise: str) -> None:
     """Lock an open file until it is closed, and write this process's id into it.
 

@@ -10,10 +10,10 @@ from server.checkpoints import Checkpoint
 from server.findings import Findings
 from server.registry import RunRecord, SiteRow, finite
 from server.warnings import warnings_of
+from shared.evaluation import Evaluation
 from shared.files import write_atomic
 from shared.plan import RANDOM_START
 from shared.provenance.card import card_of
-from shared.tasks.base import Evaluation
 
 
 def summarise(record: RunRecord, checkpoint: Checkpoint | None) -> dict[str, Any]:

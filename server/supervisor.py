@@ -20,7 +20,7 @@ from server.control import SUPEREXEC, Control, LinkError, commands, environment
 from server.dispatch import Dispatcher
 from server.members import Members, active
 from server.metrics import ServiceMetrics
-from server.runs import lock_holder, take_lock
+from server.runs import pid_file, service_pid, take_lock
 from shared.errors import FederationError, StorageError
 from shared.files import storage_errors
 from shared.telemetry import LOOPBACK, Health, serve
@@ -47,11 +47,6 @@ def serve_forever(server: Path) -> None:
     with _only_one(server):
         _check_ports(config)
         Supervisor(server.resolve(), config).run()
-
-
-def service_pid(server: Path) -> int | None:
-    """Return the process id of the running service; ``None`` if there is none."""
-    return lock_holder(_pid_file(server))
 
 
 class Supervisor:
@@ -156,7 +151,7 @@ def _end(_signal: int, _frame: FrameType | None) -> None:
 
 @contextmanager
 def _only_one(server: Path) -> Iterator[None]:
-    path = _pid_file(server)
+    path = pid_file(server)
     with storage_errors(path):
         path.parent.mkdir(exist_ok=True)
         with path.open("a+") as handle:
@@ -173,7 +168,3 @@ def _check_ports(config: ServerConfig) -> None:
     for key, (address, port) in places.items():
         if port_taken(address, port):
             raise StorageError(f"{key} {port} on {address} cannot be used: it is taken. Change it in server.toml.")
-
-
-def _pid_file(server: Path) -> Path:
-    return server / "run" / "pid"

@@ -24,14 +24,14 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import scipy.fft
-from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution, from_gaussian_mechanism
-from scipy.optimize import brentq
 
 from shared.errors import PlanError
+
+if TYPE_CHECKING:
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
 MAX_NOISE_MULTIPLIER = 64.0
 """Above this nothing is left of the signal."""
@@ -122,6 +122,9 @@ def _epsilon(composition: tuple[tuple[float, float, int], ...], delta: float) ->
         return 0.0
     if any(noise < _MIN_NOISE_MULTIPLIER for _, noise, _ in composition):
         return math.inf
+    import scipy.fft
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+
     with scipy.fft.set_backend(_NumpyFourier):
         losses = [_one_step(sample_rate, noise).self_compose(steps) for sample_rate, noise, steps in composition]
         total = reduce(PrivacyLossDistribution.compose, losses)
@@ -129,8 +132,10 @@ def _epsilon(composition: tuple[tuple[float, float, int], ...], delta: float) ->
 
 
 @lru_cache(maxsize=64)
-def _one_step(sample_rate: float, noise: float) -> PrivacyLossDistribution:
+def _one_step(sample_rate: float, noise: float) -> "PrivacyLossDistribution":
     """The costly part of the accounting, the same for any number of steps."""
+    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
+
     return from_gaussian_mechanism(
         noise, sampling_prob=sample_rate, pessimistic_estimate=True, value_discretization_interval=_LOSS_INTERVAL
     )
@@ -146,6 +151,7 @@ def calibrate_noise(*, epsilon: float, delta: float, sample_rate: float, steps: 
     """
     if not 0.0 < epsilon < math.inf:
         raise PlanError(f"epsilon must be positive and finite, not {epsilon}.")
+    from scipy.optimize import brentq
 
     def excess(log_noise: float) -> float:
         """Log of spent over promised; falls smoothly with the noise, so that few evaluations find its root."""

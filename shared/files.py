@@ -1,7 +1,9 @@
 """Durable writes: a reader sees the old file or the new one, never half of one, even after a power cut."""
 
+import errno
 import os
 import secrets
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,5 +75,20 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        raise StorageError(f"Cannot use {path}: {reason_of(error)}") from error
+
+
+def reason_of(error: OSError | sqlite3.Error) -> str:
+    """Return why a file cannot be used and what to do, as the end of a sentence and another; a full disk by its name.
+
+    SQLite says "database or disk is full" where the system has no room.
+    """
+    full = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up"}
+    if isinstance(error, OSError):
+        if error.errno in full:
+            return f"{full[error.errno]}. Free some space and try again."
         reason = error.strerror or str(error) or type(error).__name__
-        raise StorageError(f"Cannot use {path}: {reason}. Check the path, its permissions and the disk.") from error
+        return f"{reason}. Check the path, its permissions and the disk."
+    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+        return "the disk is full. Free some space and try again."
+    return f"{error}."

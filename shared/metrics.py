@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
 
 _RESAMPLES = 1000
 _CURVE_POINTS = 200
@@ -32,7 +31,7 @@ class Estimate:
 
 def auroc(labels: Labels, scores: Scores) -> float:
     """Return the area under the ROC curve; NaN where only one class is present."""
-    from sklearn.metrics import roc_auc_score  # noqa: PLC0415 - see the module
+    from sklearn.metrics import roc_auc_score
 
     if len(np.unique(labels)) < 2:
         return float("nan")
@@ -63,6 +62,8 @@ def _rank_auroc(labels: Labels, scores: Scores) -> float:
     negatives = len(labels) - positives
     if not positives or not negatives:
         return float("nan")
+    from scipy.stats import rankdata
+
     rank_sum = rankdata(scores)[labels == 1].sum()
     return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
 
@@ -95,7 +96,7 @@ def binary_metrics(labels: Labels, scores: Scores, decisions: Decisions | None =
     The AUROC is of the scores, the Brier score of the probabilities, the rest of the decisions, by default those at
     one half. A ratio without cases (precision where nothing was called positive) is 0.
     """
-    from sklearn.metrics import brier_score_loss  # noqa: PLC0415 - see the module
+    from sklearn.metrics import brier_score_loss
 
     decisions = decisions or Decisions.at_half(scores)
     (true_negative, false_positive), (false_negative, true_positive) = _confusion(labels, decisions)
@@ -176,8 +177,8 @@ def _clustered(scores: Scores, patients: npt.NDArray[np.int64]) -> Scores:
 
 def classification_curves(labels: Labels, scores: Scores, decisions: Decisions | None = None) -> dict[str, Any]:
     """Return what a report draws: ROC, calibration and confusion matrix, as plain lists."""
-    from sklearn.calibration import calibration_curve  # noqa: PLC0415 - see the module
-    from sklearn.metrics import roc_curve  # noqa: PLC0415
+    from sklearn.calibration import calibration_curve
+    from sklearn.metrics import roc_curve
 
     decisions = decisions or Decisions.at_half(scores)
     observed, predicted = calibration_curve(
@@ -197,7 +198,7 @@ def classification_curves(labels: Labels, scores: Scores, decisions: Decisions |
 
 
 def _confusion(labels: Labels, decisions: Decisions) -> list[list[int]]:
-    from sklearn.metrics import confusion_matrix  # noqa: PLC0415 - see the module
+    from sklearn.metrics import confusion_matrix
 
     matrix: list[list[int]] = confusion_matrix(labels, decisions.positive.astype(np.int64), labels=[0, 1]).tolist()
     return matrix

@@ -14,6 +14,7 @@ from typing import Any
 from shared.accounting import MAX_NOISE_MULTIPLIER, Mechanism, epsilon_of
 from shared.errors import PlanError, StorageError
 from shared.provenance.bounded import parse_json
+from shared.suggest import suggestion
 
 OPTIMIZERS = ("adam", "sgd")
 SCHEDULES = ("constant", "linear")
@@ -134,10 +135,12 @@ class RunPlan:
         _require(0.0 <= self.momentum < 1.0, "momentum must lie in [0, 1)")
         _require(0.0 < self.delta < 1.0, "delta must lie strictly between 0 and 1")
         _require(self.patience >= 0, "patience must not be negative")
-        _require(self.optimizer in OPTIMIZERS, f"optimizer must be one of {', '.join(OPTIMIZERS)}")
-        _require(self.engine in ENGINES, f"engine must be one of {', '.join(ENGINES)}")
-        _require(self.schedule in SCHEDULES, f"schedule must be one of {', '.join(SCHEDULES)}")
-        _require(self.strategy in STRATEGIES, f"strategy must be one of {', '.join(STRATEGIES)}")
+        words = {"optimizer": OPTIMIZERS, "engine": ENGINES, "schedule": SCHEDULES, "strategy": STRATEGIES}
+        for name, known in words.items():
+            word = getattr(self, name)
+            if word not in known:
+                meant = suggestion(word, known)
+                raise PlanError(f"The plan is impossible: {name} must be one of {', '.join(known)}.{meant}")
         overshoots = self.strategy == FEDPROX and self.learning_rate * self.proximal_mu > 1.0
         _require(not overshoots, "learning_rate times proximal_mu must be at most 1, or the pull overshoots")
 

@@ -26,9 +26,6 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Final
 
-from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
-from dp_accounting.rdp import RdpAccountant
-
 from shared.accounting import OVERFLOW_PROBABILITY, Mechanism, check_delta
 from shared.errors import PlanError
 
@@ -118,6 +115,10 @@ def _divergences(sample_rate: float, noise_multiplier: float) -> tuple[float, ..
     """Return the Rényi divergences of one step at all ``ORDERS``."""
     if noise_multiplier == 0.0:
         return (math.inf,) * len(ORDERS)
+    # Here, since they take a second that reading a ledger without releases does not need.
+    from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
+    from dp_accounting.rdp import RdpAccountant
+
     accountant = RdpAccountant(list(ORDERS), NeighboringRelation.ADD_OR_REMOVE_ONE)
     accountant.compose(PoissonSampledDpEvent(sample_rate, GaussianDpEvent(noise_multiplier)))
     return tuple(max(0.0, float(rho)) * (1.0 + _RELATIVE) + _ABSOLUTE for rho in accountant.rdp)

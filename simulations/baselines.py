@@ -14,9 +14,10 @@ from torch.optim import Adam
 
 from client.training import preferred_device
 from shared.dp.step import OrdinaryStep
+from shared.evaluation import Evaluation
 from shared.metrics import Estimate
 from shared.records import RecordStore
-from shared.tasks.base import Evaluation, Task
+from shared.tasks.base import Task
 from shared.tasks.registry import find_task
 from simulations.sites import merge_stores
 from simulations.sources import Simple

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.errors import IntakeError
+from shared.evaluation import Evaluation
 from shared.forecast_metrics import QUANTILES
 from shared.records import RecordStore
-from shared.tasks.base import Evaluation
 from shared.tasks.cgm_windows import HORIZON, Windows, window_starts
 from shared.tasks.glucose_forecast import judge_windows, usable_windows
 

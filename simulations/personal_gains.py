@@ -18,8 +18,8 @@ from client.intake.glucose import prepare_glucose
 from client.monitor.personal import Gain, personalise
 from client.trained import load_trained
 from shared.errors import IntakeError
+from shared.evaluation import Evaluation
 from shared.records import RecordStore
-from shared.tasks.base import Evaluation
 from shared.tasks.cgm_windows import split_in_time
 from shared.tasks.glucose_forecast import TASK
 from simulations.scripts import run_script

@@ -40,6 +40,7 @@ from shared.plan import RANDOM_START, RunPlan
 from shared.provenance.ancestry import PUBLIC, SHIPPED, Ancestry
 from shared.provenance.bounded import parse_json
 from shared.records import RecordStore
+from shared.suggest import suggestion
 from shared.tasks.registry import find_task
 from simulations.baselines import judge_baselines
 from simulations.display import Display
@@ -93,7 +94,8 @@ class Simulation:
         if self.augment_with and not find_task(self.task).augmented_by:
             raise PlanError(f"The task {self.task} cannot be augmented with synthetic patients.")
         if self.backend not in BACKENDS:
-            raise PlanError(f"The backend must be one of {', '.join(BACKENDS)}, not {self.backend!r}.")
+            meant = suggestion(self.backend, BACKENDS)
+            raise PlanError(f"The backend must be one of {', '.join(BACKENDS)}, not {self.backend!r}.{meant}")
 
     @property
     def start(self) -> str | None:

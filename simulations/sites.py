@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from client.config import SitePolicy
-from client.site import open_books
+from client.folder import open_books
 from shared.drafting import DELTA_SHARE
 from shared.errors import FederationError, IntakeError, StorageError
 from shared.files import write_atomic

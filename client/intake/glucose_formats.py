@@ -30,6 +30,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from client.intake.tables import read_table
 from shared.errors import IntakeError
+from shared.suggest import suggestion
 
 MIMIC_LAB: Final = frozenset({"50809", "50931"})
 """Glucose in whole blood (blood gas), glucose in serum."""
@@ -139,7 +140,8 @@ class CsvMapping:
 
     def __post_init__(self) -> None:
         if self.unit is not None and self.unit not in UNITS:
-            raise IntakeError(f"The unit in site.toml [glucose] must be one of {', '.join(UNITS)}.")
+            meant = suggestion(self.unit, UNITS)
+            raise IntakeError(f"The unit in site.toml [glucose] must be one of {', '.join(UNITS)}.{meant}")
         _ = self.zone
 
     @property
@@ -190,7 +192,8 @@ def _layout(table: Mapping[str, Any]) -> Layout | None:
     columns: dict[str, Any] = {name: (table[name],) for name in _COLUMNS if name in table}
     if "preset" in table:
         if table["preset"] not in PRESETS:
-            raise IntakeError(f"The preset in site.toml [glucose] must be one of: {', '.join(PRESETS)}.")
+            meant = suggestion(str(table["preset"]), PRESETS)
+            raise IntakeError(f"The preset in site.toml [glucose] must be one of: {', '.join(PRESETS)}.{meant}")
         return replace(PRESETS[table["preset"]], **columns)
     if columns and not {"time", "glucose"} <= set(columns):
         raise IntakeError("site.toml [glucose] must name at least the columns time and glucose.")

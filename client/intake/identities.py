@@ -22,6 +22,7 @@ from client.intake.links import Links
 from client.intake.pseudonyms import PatientIdentity, pseudonym
 from client.intake.tables import read_table
 from shared.errors import IntakeError
+from shared.suggest import suggestion
 
 AS_WRITTEN, IGNORE, REQUIRED = "as-written", "ignore", "required"
 _RULES: Final = (AS_WRITTEN, IGNORE, REQUIRED)
@@ -42,7 +43,10 @@ class IssuerRule:
 
     def __post_init__(self) -> None:
         if self.issuer not in _RULES:
-            raise IntakeError(f"The issuer in site.toml [intake] must be one of: {', '.join(_RULES)}.")
+            raise IntakeError(
+                f"The issuer in site.toml [intake] must be one of: {', '.join(_RULES)}."
+                f"{suggestion(self.issuer, _RULES)}"
+            )
         if self.missing and self.issuer != AS_WRITTEN:
             raise IntakeError(
                 f'missing-issuer in site.toml [intake] does not go with issuer = "{self.issuer}". Take one of them out.'

@@ -10,8 +10,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from shared.errors import PlanError
-from shared.metrics import Estimate
-from shared.operating_point import OperatingPoint, check_sensitivity
+from shared.evaluation import Evaluation
+from shared.operating_point import check_sensitivity
 from shared.plan import RunPlan
 from shared.records import RecordStore
 
@@ -84,28 +84,6 @@ class PatientDataset(Protocol):
 
     def draw(self, patients: Tensor, records_per_patient: int, generator: Generator) -> Batch:
         """Draw ``K`` augmented records of each patient ``(B,)``, with replacement among the patient's own."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How good a model is on a data set.
-
-    Attributes:
-        metrics: Metric name to value, with a 95% interval where one is computed.
-        by_group: The primary metric for parts of the data that are worth telling apart (scanner vendors).
-        details: What a report draws; plain JSON values.
-        operating_point: Where the model's score becomes a decision, for a task that decides.
-    """
-
-    metrics: Mapping[str, float | Estimate]
-    by_group: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    details: Mapping[str, Any] = field(default_factory=dict)
-    operating_point: OperatingPoint | None = None
-
-    def value(self, name: str) -> float:
-        """Return a metric's point value."""
-        metric = self.metrics[name]
-        return metric.value if isinstance(metric, Estimate) else metric
 
 
 def whole(model: nn.Module) -> nn.Module:

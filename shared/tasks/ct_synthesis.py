@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.optim import Adam
 
+from shared.evaluation import Evaluation
 from shared.models.gan import ConditionalGan
 from shared.plan import RunPlan
 from shared.records import KEY_BYTES, RecordStore
@@ -46,7 +47,7 @@ from shared.synthesis import (
     thin,
     train_classifier,
 )
-from shared.tasks.base import Batch, Evaluation, Task
+from shared.tasks.base import Batch, Task
 from shared.tasks.ct_nodules import STORE_KIND, STORED_PX, VENDORS, StoredPatients, is_upright
 from shared.tasks.nodule_classification import judge_nodules
 from shared.tasks.sampling import draw_records

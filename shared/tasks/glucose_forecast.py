@@ -14,10 +14,11 @@ import torch
 from torch import Generator, Tensor, nn
 
 from shared.errors import StorageError
+from shared.evaluation import Evaluation
 from shared.forecast_metrics import QUANTILES, by_part, judge
 from shared.models.recurrent import GLUCOSE_SCALE, GlucoseForecaster
 from shared.records import RecordStore
-from shared.tasks.base import Batch, Evaluation, Task
+from shared.tasks.base import Batch, Task
 from shared.tasks.cgm import STEP_MIN, STORE_KIND
 from shared.tasks.cgm_windows import HORIZON, STRIDE, Rows, Windows, judged_windows, window_starts
 from shared.tasks.sampling import draw_records

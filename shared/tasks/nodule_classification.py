@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from shared.evaluation import Evaluation
 from shared.metrics import (
     Decisions,
     Labels,
@@ -25,7 +26,7 @@ from shared.metrics import (
 from shared.models.cnn import LungCTNet
 from shared.operating_point import choose, cross_fitted
 from shared.records import RecordStore
-from shared.tasks.base import Batch, Evaluation, Task
+from shared.tasks.base import Batch, Task
 from shared.tasks.ct_nodules import MARGIN_PX, PATCH_PX, STORE_KIND, VENDORS, StoredPatients, is_upright
 from shared.tasks.sampling import draw_records
 

@@ -1,33 +1,61 @@
-"""Finds tasks: every module in this package that defines ``TASK``."""
+"""Finds tasks: every module in this package that defines ``TASK``.
+
+A task's name is its module's file name with dashes. So names are known without importing any module, and with it torch.
+"""
 
 import importlib
-import pkgutil
+import re
 from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import shared.tasks
 from shared.errors import ErrorCode, PlanError
-from shared.tasks.base import Task
+from shared.suggest import suggestion
+
+if TYPE_CHECKING:
+    from shared.tasks.base import Task
+
+_DEFINES_TASK = re.compile(r"^TASK\b", re.MULTILINE)
 
 
 @cache
-def all_tasks() -> dict[str, Task]:
+def task_names() -> tuple[str, ...]:
+    """Return the names of all tasks, sorted; nothing is imported."""
+    modules = (path for folder in shared.tasks.__path__ for path in Path(folder).glob("*.py"))
+    return tuple(sorted(path.stem.replace("_", "-") for path in modules if _DEFINES_TASK.search(path.read_text())))
+
+
+def all_tasks() -> dict[str, "Task"]:
     """Return every task by name."""
-    modules = (
-        importlib.import_module(f"{shared.tasks.__name__}.{info.name}")
-        for info in pkgutil.iter_modules(shared.tasks.__path__)
-    )
-    found = [module.TASK for module in modules if hasattr(module, "TASK")]
-    return {task.name: task for task in sorted(found, key=lambda task: task.name)}
+    return {name: find_task(name) for name in task_names()}
 
 
-def find_task(name: str) -> Task:
+def find_task(name: str) -> "Task":
     """Return the task called ``name``.
 
     Raises:
         PlanError: If there is none, with the names there are.
     """
-    try:
-        return all_tasks()[name]
-    except KeyError as error:
-        known = ", ".join(all_tasks())
-        raise PlanError(f"There is no task {name!r}; the tasks are: {known}.", ErrorCode.UNKNOWN_TASK) from error
+    check_task(name)
+    return _load(name)
+
+
+def check_task(name: str) -> None:
+    """Check that there is a task called ``name``; nothing is imported.
+
+    Raises:
+        PlanError: If there is none, with the names there are.
+    """
+    if name not in task_names():
+        known = ", ".join(task_names())
+        raise PlanError(
+            f"There is no task {name!r}; the tasks are: {known}.{suggestion(name, task_names())}",
+            ErrorCode.UNKNOWN_TASK,
+        )
+
+
+@cache
+def _load(name: str) -> "Task":
+    task: Task = importlib.import_module(f"{shared.tasks.__name__}.{name.replace('-', '_')}").TASK
+    return task

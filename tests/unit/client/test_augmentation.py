@@ -17,7 +17,8 @@ import client.site
 from client import cli
 from client.augmentation import Augmented, Synthetic, load_synthetic
 from client.config import SitePolicy
-from client.site import Site, open_books
+from client.folder import open_books
+from client.site import Site
 from client.training import Randomness, train_round
 from shared.errors import PolicyError, StorageError
 from shared.messages import PlanQuery, TrainRequest

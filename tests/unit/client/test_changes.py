@@ -8,8 +8,9 @@ import pytest
 from client.audit_check import verify
 from client.changes import declare, renew_key, trust
 from client.config import SitePolicy
+from client.folder import open_books
 from client.keys import make_key, read_key
-from client.site import Site, open_books
+from client.site import Site
 from server.members import Members, read_site_key
 from shared.errors import PolicyError, StorageError
 from shared.provenance.keys import SIGNING_PUB, ensure_signing_key, fingerprint

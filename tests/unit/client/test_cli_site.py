@@ -19,7 +19,8 @@ from prometheus_client import CollectorRegistry
 pytest.importorskip("client.keys")
 
 from client import cli, setup
-from client.overview import HEALTH_PORT_FILE, daemon_health
+from client.folder import HEALTH_PORT_FILE
+from client.overview import daemon_health
 from client.predict import load_model
 from client.site import Site
 from server.checkpoints import Checkpoint, save_checkpoint

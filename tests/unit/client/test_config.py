@@ -114,3 +114,18 @@ def test_a_day_has_as_many_open_minutes_as_the_window(opens: int, closes: int, o
     hours = Hours.parse(f"{clock[0]}-{clock[1]} {sign}{clock[2]}")
     minutes = [start.replace(tzinfo=UTC, second=0, microsecond=0) + timedelta(minutes=n) for n in range(1440)]
     assert sum(map(hours.permit, minutes)) == ((closes - opens) % 1440 or 1440)
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"), [("max-epsilonn = 8.0", "max-epsilon"), ("declared-patient = 3", "declared-patients")]
+)
+def test_a_mistyped_key_is_told_what_may_be_meant(tmp_path: Path, line: str, meant: str) -> None:
+    (tmp_path / "site.toml").write_text(f"{MINIMAL}{line}\n")
+    with pytest.raises(PolicyError, match=rf"unknown keys: .*Did you mean {meant}\?"):
+        SitePolicy.read(tmp_path / "site.toml")
+
+
+def test_a_mistyped_task_of_a_site_is_told_what_may_be_meant(tmp_path: Path) -> None:
+    (tmp_path / "site.toml").write_text(MINIMAL.replace("nodule-classification", "nodule-classifier"))
+    with pytest.raises(PolicyError, match=r"not installed here: .*Did you mean nodule-classification\?"):
+        SitePolicy.read(tmp_path / "site.toml")

@@ -27,9 +27,9 @@ from client.daemon import (
     reply_grid_s,
     run_daemon,
 )
+from client.folder import AUDIT, open_books
 from client.keys import make_key
 from client.link import object_pause_s
-from client.site import AUDIT, open_books
 from client.status import Status
 from shared.errors import StorageError
 from shared.messages import TrainRequest

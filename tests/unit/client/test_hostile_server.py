@@ -15,7 +15,8 @@ import client.site
 from client.app import SERVER_FINGERPRINT, SITE_FOLDER, app
 from client.audit_check import verify
 from client.config import SitePolicy
-from client.site import Site, open_books
+from client.folder import open_books
+from client.site import Site
 from shared.errors import ErrorCode
 from shared.messages import PlanQuery, TrainRequest, error_code
 from shared.plan import RunPlan

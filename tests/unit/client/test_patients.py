@@ -12,8 +12,8 @@ from flwr.app import Context, Message, Metadata, RecordDict
 import client.patients
 from client.app import SITE_FOLDER, SiteApp
 from client.config import SitePolicy
+from client.folder import open_books
 from client.patients import Patients
-from client.site import open_books
 from shared.messages import TrainRequest
 from shared.plan import RunPlan
 from shared.records import RecordStore, store_path

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from client.config import SitePolicy
+from client.folder import open_books
 from client.intake.nodules import prepare_nodules
 from client.overview import status_of
 from client.setup import PSEUDONYMS, fill_store, load_or_create_secret
-from client.site import Site, open_books
+from client.site import Site
 from shared.errors import PolicyError, StorageError
 from shared.messages import PlanQuery, TrainRequest
 from shared.plan import RunPlan

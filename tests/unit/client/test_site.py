@@ -18,8 +18,9 @@ import client.site
 from client.app import SITE_FOLDER, SiteApp, app
 from client.audit_check import verify
 from client.config import SitePolicy
+from client.folder import open_books
 from client.policy import check_engine
-from client.site import Site, open_books
+from client.site import Site
 from client.training import rung_of
 from shared.accounting import epsilon_of
 from shared.errors import BudgetExceeded, ErrorCode, FederationError, PlanError, PolicyError, ProtocolError

@@ -14,8 +14,9 @@ import client.site
 from client.app import SITE_FOLDER, app
 from client.audit_check import verify
 from client.config import SitePolicy
+from client.folder import open_books
 from client.intake.nodules import prepare_nodules
-from client.site import Site, open_books
+from client.site import Site
 from shared.logs import configure_logs
 from shared.messages import PlanQuery, TrainRequest
 from shared.plan import RunPlan

@@ -20,7 +20,7 @@ from shared.plan import RunPlan
 from shared.tasks import registry
 from shared.tasks.cgm_windows import HORIZON
 from shared.tasks.glucose_forecast import HISTORY
-from shared.tasks.registry import all_tasks, find_task
+from shared.tasks.registry import find_task
 
 PLAN = RunPlan(
     task="nodule-classification", rounds=2, local_steps=1, sample_rate=0.5, records_per_patient=1, max_grad_norm=1.0,
@@ -115,9 +115,8 @@ def test_without_checkpoint_or_example_there_is_no_export(tmp_path: Path, monkey
     with pytest.raises(StorageError, match="no checkpoint yet"):
         export.export_model(RECORD, tmp_path, tmp_path / "out")
     save(tmp_path)
-    tasks = {PLAN.task: replace(find_task(PLAN.task), example=None)}
-    assert all_tasks()
-    monkeypatch.setattr(registry, "all_tasks", lambda: tasks)
+    task = replace(find_task(PLAN.task), example=None)
+    monkeypatch.setattr(registry, "_load", lambda _name: task)
     with pytest.raises(PlanError, match="no example input"):
         export.export_model(RECORD, tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()

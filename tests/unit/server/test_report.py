@@ -16,10 +16,10 @@ from server.findings import Findings, as_estimate, humanise, in_sentence
 from server.markup import Markup, duration, epsilon_text, number, tag
 from server.registry import LATE, OK, Registry, RoundRow, SiteRow
 from server.report import render, write_report
+from shared.evaluation import Evaluation
 from shared.metrics import Estimate
 from shared.plan import RunPlan
 from shared.records import RecordStore
-from shared.tasks.base import Evaluation
 from shared.tasks.nodule_classification import judge_nodules
 
 PLAN = RunPlan(

@@ -10,8 +10,8 @@ from server.registry import OK, Registry, RoundRow, SiteRow
 from server.report import render
 from server.summary import summarise
 from shared.drafting import draft_plan
+from shared.evaluation import Evaluation
 from shared.metrics import Estimate
-from shared.tasks.base import Evaluation
 
 PLAN = draft_plan("ct-synthesis", epsilon=10.0, delta=1e-3, overrides={"rounds": 3, "local_steps": 1})
 CHECKPOINT = Checkpoint("run", 3, PLAN.task, PLAN.digest, "ab" * 32, Path("round-00003.safetensors"))

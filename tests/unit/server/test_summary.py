@@ -10,9 +10,9 @@ from server.checkpoints import Checkpoint
 from server.findings import final_round
 from server.registry import COMPLETED, LATE, OK, Registry, RoundRow, RunRecord, SiteRow
 from server.summary import summarise, write_summary
+from shared.evaluation import Evaluation
 from shared.metrics import Estimate
 from shared.plan import RunPlan
-from shared.tasks.base import Evaluation
 
 PLAN = RunPlan(
     task="nodule-classification",

@@ -12,10 +12,10 @@ from server.registry import OK, RoundRow, RunRecord, SiteRow
 from server.report import render
 from server.summary import summarise
 from server.warnings import FEWEST_CASES, FEWEST_PATIENTS, Caution, warnings_of
+from shared.evaluation import Evaluation
 from shared.metrics import Estimate
 from shared.operating_point import BALANCED, OperatingPoint
 from shared.plan import RunPlan
-from shared.tasks.base import Evaluation
 
 PLAN = RunPlan(
     task="nodule-classification", rounds=2, local_steps=2, sample_rate=0.1, records_per_patient=2,

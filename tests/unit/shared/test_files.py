@@ -1,12 +1,15 @@
 """What is written is whole, durable and, where it must be, its owner's alone from the first byte."""
 
+import errno
 import os
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from shared.errors import StorageError
-from shared.files import SecretExists, write_atomic, write_secret
+from shared.files import SecretExists, reason_of, storage_errors, write_atomic, write_secret
 
 
 @pytest.fixture
@@ -58,6 +61,23 @@ def test_nothing_is_left_where_a_folder_cannot_be_written(tmp_path: Path, write,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match="No space left"):
+    with pytest.raises(StorageError, match="the disk is full"):
         write(tmp_path / "file", b"content")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "named"), [(errno.ENOSPC, "the disk is full. Free"), (errno.EDQUOT, "the quota is used up. Free")]
+)
+def test_a_full_disk_is_called_a_full_disk(tmp_path: Path, number: int, named: str) -> None:
+    with pytest.raises(StorageError, match=named), storage_errors(tmp_path):
+        raise OSError(number, os.strerror(number))
+
+
+def test_what_sqlite_calls_full_is_called_a_full_disk(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "books.sqlite")) as database:
+        database.execute("PRAGMA max_page_count = 2")
+        database.execute("CREATE TABLE lines (line BLOB)")
+        with pytest.raises(sqlite3.Error) as caught:
+            database.execute("INSERT INTO lines VALUES (zeroblob(100000))")
+    assert reason_of(caught.value) == "the disk is full. Free some space and try again."

@@ -63,3 +63,17 @@ def test_a_mistyped_key_of_a_plan_is_recognised(written: str, meant: str) -> Non
 def test_a_word_like_none_is_not_guessed_at() -> None:
     assert suggestion("colour", PLAN_KEYS) == ""
     assert suggestion("rouns", PLAN_KEYS) == " Did you mean rounds?"
+
+
+@pytest.mark.parametrize(
+    ("key", "typed", "meant"),
+    [
+        ("strategy", "fed-avg", "fedavg"),
+        ("engine", "opacuss", "opacus"),
+        ("optimizer", "adm", "adam"),
+        ("schedule", "liner", "linear"),
+    ],
+)
+def test_a_mistyped_word_is_told_what_may_be_meant(key: str, typed: str, meant: str) -> None:
+    with pytest.raises(PlanError, match=rf"{key} must be one of .*\. Did you mean {meant}\?"):
+        draft_plan("nodule-classification", epsilon=8.0, delta=1e-3, overrides={key: typed})

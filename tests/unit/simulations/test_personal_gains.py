@@ -9,7 +9,7 @@ import torch
 
 from client.monitor.personal import _ONE, Gain
 from server.checkpoints import save_checkpoint
-from shared.tasks.base import Evaluation
+from shared.evaluation import Evaluation
 from shared.tasks.cgm_windows import HORIZON, JUDGED
 from shared.tasks.glucose_forecast import TASK
 from simulations import personal_gains
