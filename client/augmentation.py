@@ -29,11 +29,15 @@ from torch import Generator, Tensor
 from client.config import SitePolicy
 from client.trained import Trust, load_trained
 from shared.errors import PlanError, PolicyError
+from shared.provenance.card import card_of
 from shared.provenance.keys import Trusted
 from shared.provenance.sidecar import Sidecar
 from shared.records import RecordStore
 from shared.tasks.base import Batch, PatientDataset, Task
 from shared.tasks.registry import find_task
+
+_ROUNDING = 1e-6
+"""An epsilon may be so much below what it composes, for the rounding of its digits."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,12 @@ def _check_privacy(checkpoint: Path, sidecar: Sidecar | None, policy: SitePolicy
         raise PolicyError(
             f"{checkpoint} states no epsilon and delta: it was trained without privacy, so its images may repeat "
             "patients. Give a checkpoint of a private run to augment-with."
+        )
+    promised = card_of(sidecar.ancestry) if sidecar and sidecar.ancestry else None
+    if promised is None or not promised.private or promised.delta is None or promised.epsilon > epsilon + _ROUNDING:
+        raise PolicyError(
+            f"{checkpoint} does not say what its epsilon of {epsilon:g} composes, or it composes to more. Ask the "
+            "server's operator for an export of this version."
         )
     if epsilon > policy.max_epsilon or delta > policy.max_delta:
         raise PolicyError(

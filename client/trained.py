@@ -62,7 +62,9 @@ NO_SITE = Trust()
 """Where no hospital's rules are known."""
 
 
-def load_trained(checkpoint: Path, task_name: str, purpose: str, trust: Trust = NO_SITE) -> Trained:
+def load_trained(
+    checkpoint: Path, task_name: str, purpose: str, trust: Trust = NO_SITE, *, fitted: bool = False
+) -> Trained:
     """Open a checkpoint by the JSON beside it, which names its task and its SHA-256.
 
     Args:
@@ -70,6 +72,8 @@ def load_trained(checkpoint: Path, task_name: str, purpose: str, trust: Trust = 
         task_name: The task that the model must be of.
         purpose: What it is to do, for the sentence that refuses another task's: "score nodules".
         trust: What is asked of it.
+        fitted: Whether a model that a hospital fitted to its own patients will do. Nobody signs such a one, and anybody
+            can write its mark, so only what is made for it takes it.
 
     Raises:
         StorageError: If a file is missing, damaged, changed, of another model or not signed as it must be.
@@ -86,6 +90,11 @@ def load_trained(checkpoint: Path, task_name: str, purpose: str, trust: Trust = 
     if weights.sha256 != sidecar.sha256:
         raise StorageError(f"The checkpoint {checkpoint} was changed after it was written. Copy it again.")
     personal = is_personal(weights.metadata)
+    if personal and not fitted:
+        raise StorageError(
+            f"{checkpoint.name} is marked as fitted to patients of one hospital, and nobody signs such a model. Give "
+            "the model that the server exported."
+        )
     doubt = _doubt(sidecar, checkpoint.name, trust.keys, personal=personal)
     if sidecar.task != task_name:
         raise PlanError(f"A model of the task {sidecar.task} does not {purpose}.")

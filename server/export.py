@@ -2,11 +2,9 @@
 
 import hashlib
 import logging
-import math
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +14,12 @@ from torch import Tensor, nn
 
 from server.checkpoints import Checkpoint, latest_checkpoint, load_weights
 from server.findings import Findings, final_round
+from server.lineage import ancestry_in
 from server.registry import RunRecord, finite
 from server.warnings import warnings_of
 from shared.errors import FederationError, PlanError, StorageError
 from shared.files import storage_errors, sync_directory
+from shared.provenance.card import card_of
 from shared.provenance.sidecar import Sidecar, write_sidecar
 from shared.provenance.signing import signed
 from shared.tasks.registry import find_task
@@ -149,20 +149,14 @@ def _card(record: RunRecord, checkpoint: Checkpoint, staging: Path, difference: 
     """Return what a user of the model should know, in the form of a checkpoint's own description."""
     final = final_round(record, checkpoint)
     evaluation = final.evaluation if final else None
-    epsilon = record.plan.stated_epsilon(checkpoint.round)
-    before = Sidecar(  # of a checkpoint of an earlier version, which named no ancestry
+    ancestry = ancestry_in(record, checkpoint)
+    promised = card_of(ancestry)
+    return Sidecar(
         task=checkpoint.task,
         sha256=checkpoint.sha256,
-        epsilon=epsilon if math.isfinite(epsilon) else None,
-        delta=record.plan.delta,
-    )
-    described = (
-        before
-        if checkpoint.ancestry is None
-        else replace(before, epsilon=checkpoint.epsilon, delta=checkpoint.delta, ancestry=checkpoint.ancestry)
-    )
-    return replace(
-        described,
+        epsilon=promised.epsilon if promised.private else None,
+        delta=promised.delta,
+        ancestry=ancestry,
         run=record.run,
         round=checkpoint.round,
         plan_digest=checkpoint.plan_digest,

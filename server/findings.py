@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from server.checkpoints import Checkpoint
+from server.lineage import ancestry_in
 from server.registry import RoundRow, RunRecord, SiteRow
 from shared.errors import PlanError
 from shared.evaluation import Evaluation
@@ -132,7 +133,7 @@ class Findings:
     @cached_property
     def inherited(self) -> Card | None:
         """What the model promises over all runs that it comes from; None if it comes from this run alone."""
-        ancestry = self.checkpoint.ancestry if self.checkpoint else None
+        ancestry = ancestry_in(self.record, self.checkpoint) if self.checkpoint else None
         alone = ancestry is None or (len(ancestry.runs) < 2 and ancestry.origin != UNKNOWN)
         return None if ancestry is None or alone else card_of(ancestry)
 

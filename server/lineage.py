@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from server.checkpoints import load_weights
+from server.checkpoints import Checkpoint, load_weights
+from server.registry import RunRecord
 from shared.errors import PlanError, StorageError
 from shared.files import write_atomic
 from shared.plan import RANDOM_START, RunPlan
@@ -87,7 +88,7 @@ def start_of(folder: Path, plan: RunPlan) -> Ancestry:
     path = folder / START
     if path.exists():
         return parse_ancestry(read_bounded(path, MOST_JSON_BYTES), str(path))
-    return Ancestry() if plan.init == RANDOM_START else Ancestry(UNKNOWN, plan.init)
+    return _start_by_plan(plan)
 
 
 def descent(folder: Path, run: str, plan: RunPlan, rounds: Mapping[str, int], keys: Mapping[str, str]) -> Ancestry:
@@ -103,17 +104,33 @@ def descent(folder: Path, run: str, plan: RunPlan, rounds: Mapping[str, int], ke
     Raises:
         StorageError: If the start's ancestry is damaged.
     """
+    return start_of(folder, plan).followed_by(_past(run, plan, rounds, keys))
+
+
+def ancestry_in(record: RunRecord, checkpoint: Checkpoint) -> Ancestry:
+    """Return what a run's model comes from: what its checkpoint says, or of an earlier version's, what the plan tells.
+
+    A plan that starts from a checkpoint does not tell what that comes from: the origin is then unknown.
+    """
+    if checkpoint.ancestry is not None:
+        return checkpoint.ancestry
+    plan, rounds = record.plan, {row.site: record.rounds_of(row.site) for row in record.sites if row.refused is None}
+    return _start_by_plan(plan).followed_by(_past(record.run, plan, rounds, {}))
+
+
+def _start_by_plan(plan: RunPlan) -> Ancestry:
+    return Ancestry() if plan.init == RANDOM_START else Ancestry(UNKNOWN, plan.init)
+
+
+def _past(run: str, plan: RunPlan, rounds: Mapping[str, int], keys: Mapping[str, str]) -> PastRun:
     whole = plan.rounds * plan.local_steps  # see RunPlan.stated_epsilon
-    sites = shares_of({site: whole for site, count in rounds.items() if count}, keys)
-    return start_of(folder, plan).followed_by(
-        PastRun(
-            run=run,
-            plan_digest=plan.digest,
-            sample_rate=plan.sample_rate,
-            noise_multiplier=plan.noise_multiplier,
-            delta=plan.delta,
-            sites=sites,
-        )
+    return PastRun(
+        run=run,
+        plan_digest=plan.digest,
+        sample_rate=plan.sample_rate,
+        noise_multiplier=plan.noise_multiplier,
+        delta=plan.delta,
+        sites=shares_of({site: whole for site, count in rounds.items() if count}, keys),
     )
 
 

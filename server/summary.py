@@ -8,6 +8,7 @@ from typing import Any
 
 from server.checkpoints import Checkpoint
 from server.findings import Findings
+from server.lineage import ancestry_in
 from server.registry import RunRecord, SiteRow, finite
 from server.warnings import warnings_of
 from shared.evaluation import Evaluation
@@ -49,7 +50,7 @@ def summarise(record: RunRecord, checkpoint: Checkpoint | None) -> dict[str, Any
         "timings": timings(record),
         "peak_rss_mib": record.notes.get("peak_rss_mib"),
         "start": start(record),
-        "card": card(checkpoint),
+        "card": card(record, checkpoint),
         "data": record.notes.get("data"),
         "checkpoint": {"path": str(checkpoint.path), "sha256": checkpoint.sha256} if checkpoint else None,
     }
@@ -73,11 +74,11 @@ def start(record: RunRecord) -> str:
     return str(record.notes.get("start") or fallback)
 
 
-def card(checkpoint: Checkpoint | None) -> dict[str, Any] | None:
-    """Return what the saved model comes from and promises over all of it; None where no ancestry is recorded."""
-    if checkpoint is None or checkpoint.ancestry is None:
+def card(record: RunRecord, checkpoint: Checkpoint | None) -> dict[str, Any] | None:
+    """Return what the saved model comes from and promises over all of it; None where no model is saved."""
+    if checkpoint is None:
         return None
-    ancestry = checkpoint.ancestry
+    ancestry = ancestry_in(record, checkpoint)
     origin = {"origin": ancestry.origin, "start_sha256": ancestry.start_sha256, "said_by": ancestry.said_by}
     runs = [{name: value for name, value in asdict(run).items() if name != "sites"} for run in ancestry.runs]
     return {**card_of(ancestry).to_json(), **origin, "runs": runs}

@@ -95,7 +95,7 @@ def monitor(
     zone = _zone(time_zone)
     if fhir and zone is None:
         raise PlanError("FHIR demands times with an offset. Give the readings' zone with --time-zone.")
-    trained = load_trained(checkpoint, "glucose-forecast", "forecast glucose", trust_of(site))
+    trained = load_trained(checkpoint, "glucose-forecast", "forecast glucose", trust_of(site), fitted=True)
     doubt(trained.doubt)
     remembered = state or (alerts.with_name(alerts.name + ".state") if alerts else None)
     shown = CONSOLE.is_terminal if view is None else view
@@ -214,7 +214,7 @@ def personalise(
     from client.monitor.personal import read_patients, write_personal
     from client.trained import load_trained
 
-    trained = load_trained(checkpoint, "glucose-forecast", "forecast glucose", trust_of(site))
+    trained = load_trained(checkpoint, "glucose-forecast", "forecast glucose", trust_of(site), fitted=True)
     doubt(trained.doubt)
     if trained.owner and not (patient and trained.fits(patient)):
         raise PlanError(
@@ -245,7 +245,7 @@ def what_if(
     from client.monitor.what_if import what_if as ask
     from client.trained import load_trained
 
-    trained = load_trained(checkpoint, "glucose-forecast", "forecast glucose", trust_of(site))
+    trained = load_trained(checkpoint, "glucose-forecast", "forecast glucose", trust_of(site), fitted=True)
     doubt(trained.doubt)
     if not trained.fits(patient):
         raise PlanError("This model was fitted to another patient. Use that patient's, or the global one.")

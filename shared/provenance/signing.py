@@ -16,7 +16,13 @@ from shared.provenance.sidecar import Sidecar, Signature, parse_sidecar
 
 
 def signed(sidecar: Sidecar, key: Ed25519PrivateKey) -> Sidecar:
-    """Return the sidecar as the parser will read it, with a signature. Raises StorageError if it would refuse it."""
+    """Return the sidecar as the parser will read it, with a signature.
+
+    Raises:
+        StorageError: If the parser would refuse it, or it states an epsilon and not what that composes.
+    """
+    if sidecar.epsilon is not None and sidecar.ancestry is None:
+        raise StorageError("An epsilon without an ancestry is not signed: nobody could tell what it composes.")
     read = parse_sidecar(replace(sidecar, signature=None).to_json(), "The checkpoint's description")
     return replace(read, signature=Signature(fingerprint(key.public_key()), key.sign(read.signed_bytes()).hex()))
 

@@ -24,6 +24,7 @@ from shared.errors import PolicyError, StorageError
 from shared.messages import PlanQuery, TrainRequest
 from shared.personal import save_personal
 from shared.plan import RunPlan
+from shared.provenance.ancestry import UNKNOWN, Ancestry, PastRun, Share
 from shared.provenance.keys import SIGNING_PUB, public_line
 from shared.provenance.sidecar import Sidecar, write_sidecar
 from shared.provenance.signing import signed
@@ -69,6 +70,13 @@ def checkpoint(tmp_path: Path) -> Path:
     return path
 
 
+ANCESTRY = Ancestry(
+    runs=(
+        PastRun(run="r", plan_digest="p", sample_rate=0.5, noise_multiplier=2.0, delta=1e-3, sites=(Share("h1", 20),)),
+    )
+)
+
+
 @pytest.fixture
 def make_site(tmp_path: Path, checkpoint: Path, make_nodule_store: Callable[..., RecordStore]) -> Callable[..., Site]:
     def make(name: str, augment_with: str = str(checkpoint), tasks: tuple[str, ...] = (TASK.name,)) -> Site:
@@ -93,7 +101,7 @@ TRUSTED = (SIGNER.public_key(),)
 def describe(path: Path, signer: Ed25519PrivateKey = SIGNER, **changes: Any) -> None:
     """Write a description that ``signer`` signed."""
     described = {"task": GENERATOR.name, "run": "r", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    sidecar = Sidecar(**{**described, "epsilon": 9.9, "delta": 1e-3, **changes})
+    sidecar = Sidecar(**{**described, "epsilon": 9.9, "delta": 1e-3, "ancestry": ANCESTRY, **changes})
     write_sidecar(path.with_suffix(".json"), signed(sidecar, signer))
 
 
@@ -244,6 +252,24 @@ def test_an_interrupted_round_gives_the_same_weights(
     np.testing.assert_array_equal(Site(interrupted.folder, 1).answer_train(request()).weights, whole.weights)
 
 
+@pytest.mark.parametrize(
+    "ancestry",
+    [
+        Ancestry(UNKNOWN, "a" * 64, runs=ANCESTRY.runs),
+        Ancestry(runs=(replace(ANCESTRY.runs[0], noise_multiplier=0.5),)),
+        Ancestry(runs=(replace(ANCESTRY.runs[0], noise_multiplier=0.0),)),
+    ],
+    ids=["unknown origin", "more than stated", "no noise"],
+)
+def test_a_generator_whose_epsilon_is_not_what_its_runs_compose_is_refused(
+    ancestry: Ancestry, checkpoint: Path
+) -> None:
+    """The signature is the server's; the hospital adds up for itself."""
+    describe(checkpoint, ancestry=ancestry)
+    with pytest.raises(PolicyError, match="composes"):
+        drawn_from(checkpoint)
+
+
 @pytest.mark.parametrize("claim", [{"epsilon": None}, {"epsilon": 0.0}, {"delta": None}], ids=str)
 def test_a_generator_that_was_not_private_is_refused(claim: dict[str, object], checkpoint: Path) -> None:
     describe(checkpoint, **claim)
@@ -286,7 +312,7 @@ def test_a_model_that_was_fitted_in_a_hospital_augments_nothing(checkpoint: Path
     """Its mark frees it from a signature; it must not be a way around one."""
     checkpoint.write_bytes(save_personal(GENERATOR.build().state_dict()))
     describe(checkpoint, personal=True, patient="everybody")
-    with pytest.raises(PolicyError, match="needs a checkpoint that the server signed"):
+    with pytest.raises(StorageError, match="nobody signs such a model"):
         drawn_from(checkpoint)
 
 

@@ -1,5 +1,6 @@
 """One patient's own model, and forecasts under another dose: what they may do, and what they refuse."""
 
+import hashlib
 import json
 import sys
 from itertools import product
@@ -8,15 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client import cli
 from client.monitor.personal import _ONE, personalise, read_patients, write_personal
 from client.monitor.what_if import changed, what_if
-from client.trained import Trained, load_trained
+from client.trained import Trained, Trust, load_trained
 from server.checkpoints import load_weights, save_checkpoint
 from shared.errors import IntakeError, PlanError, StorageError
+from shared.personal import save_personal
+from shared.provenance.sidecar import Sidecar, write_sidecar
 from shared.tasks.cgm_windows import HORIZON, JUDGED
 from shared.tasks.glucose_forecast import HISTORY, TASK
+from shared.tasks.registry import find_task
 
 DOSES = "patient_id,timestamp,glucose_mg_dl,insulin_units,carbohydrate_g"
 
@@ -94,7 +99,7 @@ def test_a_hospital_fits_its_own_model_to_everybody(model, tmp_path):
 def test_a_hospitals_own_model_serves_everybody_there_and_starts_no_run(model, tmp_path):
     out = tmp_path / "ours.safetensors"
     write_personal(out, model, None, Trained(model, "b" * 64))
-    opened = load_trained(out, TASK.name, "forecast glucose")
+    opened = load_trained(out, TASK.name, "forecast glucose", fitted=True)
     assert opened.fits("Doe-7")
     assert opened.fits("Roe-1")
     with pytest.raises(StorageError, match="stay"):
@@ -108,7 +113,7 @@ def test_what_is_written_is_the_owners_only_and_starts_no_run(model, tmp_path):
         assert path.stat().st_mode & 0o777 == 0o600
         assert b"Doe" not in path.read_bytes()
     assert json.loads(out.with_suffix(".json").read_text())["personal"] is True
-    opened = load_trained(out, TASK.name, "forecast glucose")
+    opened = load_trained(out, TASK.name, "forecast glucose", fitted=True)
     assert opened.fits("Doe-7")
     assert not opened.fits("Doe-8")
     with pytest.raises(StorageError, match="stay"):
@@ -189,3 +194,16 @@ def test_one_patients_model_is_never_refitted_to_another_but_the_hospitals_may_b
         assert not second.exists()
     call(monkeypatch, "personalise", hospital, data, "--patient", "Roe-1", "--out", second)
     assert "own model" in capfd.readouterr().out
+
+
+def test_a_mark_that_anybody_can_write_opens_nothing_that_a_signature_guards(tmp_path: Path) -> None:
+    """A stranger's classifier, marked as a hospital's own, would otherwise pass under a site that trusts keys."""
+    content = save_personal(find_task("nodule-classification").build().state_dict())
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    write_sidecar(path.with_suffix(".json"), Sidecar(task="nodule-classification", sha256=digest, patient="everybody"))
+    with pytest.raises(StorageError, match="nobody signs such a model"):
+        load_trained(
+            path, "nodule-classification", "score nodules", Trust((Ed25519PrivateKey.generate().public_key(),))
+        )

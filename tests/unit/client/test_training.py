@@ -12,6 +12,7 @@ import torch
 import client.training
 from client.training import Randomness, draw_own, train_round
 from shared.dp.noise import SecureNoise
+from shared.dp.optimizer import noise_deviation
 from shared.plan import FEDPROX, RunPlan
 from shared.records import RecordStore
 from shared.tasks.registry import find_task
@@ -67,7 +68,7 @@ def test_as_many_noised_steps_of_the_planned_size_as_the_plan_says(store: Record
     recorder = Recorder()
     train(store, replace(Randomness.secure(key(1)), noise=recorder))
     parameters = len(list(TASK.build().parameters()))
-    assert recorder.deviations == [2.0 * 0.7] * (3 * parameters)
+    assert recorder.deviations == [noise_deviation(2.0, 0.7)] * (3 * parameters)
 
 
 def test_the_update_is_the_noised_sum_over_the_public_normaliser(store: RecordStore) -> None:
@@ -199,7 +200,7 @@ def test_fedproxs_pull_is_added_after_clipping_and_noise(store: RecordStore) -> 
     second = torch.cat([part.flatten() for part in recorders[2].totals[count:]]).numpy() / (0.5 * DECLARED)
     np.testing.assert_allclose(two, one - 0.5 * (second + 1.0 * one), rtol=1e-3, atol=1e-6)
     # What is noised is clipped data only: the pull would have pushed the sum over the patients' bound.
-    assert recorders[2].deviations == [2.0 * 0.7] * (2 * count)
+    assert recorders[2].deviations == [noise_deviation(2.0, 0.7)] * (2 * count)
 
 
 def test_one_patient_more_changes_nobody_elses_records(

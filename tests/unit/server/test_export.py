@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor, nn
 
 from server import export
@@ -17,6 +18,9 @@ from server.registry import RoundRow, RunRecord, SiteRow
 from shared.errors import FederationError, PlanError, StorageError
 from shared.operating_point import OperatingPoint
 from shared.plan import RunPlan
+from shared.provenance.ancestry import UNKNOWN
+from shared.provenance.sidecar import read_sidecar
+from shared.provenance.signing import signed
 from shared.tasks import registry
 from shared.tasks.cgm_windows import HORIZON
 from shared.tasks.glucose_forecast import HISTORY
@@ -27,7 +31,7 @@ PLAN = RunPlan(
     noise_multiplier=1.0, delta=1e-3, learning_rate=0.1,
 )  # fmt: skip
 SITES = (SiteRow("h1", 200, None), SiteRow("h2", None, "policy-refused"))
-RECORD = RunRecord("r", PLAN, "completed", None, SITES, (RoundRow(2, 1.0, None, {}),), {})
+RECORD = RunRecord("r", PLAN, "completed", None, SITES, (RoundRow(2, 1.0, None, {"h1": "ok"}),), {})
 
 
 POINT = OperatingPoint(0.37, 1.25, "balanced-accuracy")
@@ -66,6 +70,20 @@ def test_both_files_compute_the_trained_model(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "model.json", "model.onnx", "model.safetensors",
     ]  # fmt: skip
+
+
+def test_an_export_of_a_run_whose_start_is_unknown_states_no_epsilon(tmp_path: Path) -> None:
+    """Its checkpoint is of an earlier version and names no ancestry: signed, its own epsilon would be believed."""
+    save(tmp_path)
+    started = replace(RECORD, plan=replace(PLAN, init="a" * 64))
+    export.export_model(started, tmp_path, tmp_path / "out", Ed25519PrivateKey.generate())
+    card = read_sidecar(tmp_path / "out" / "model.json")
+    assert card.signature is not None
+    assert card.epsilon is None
+    assert card.ancestry is not None
+    assert card.ancestry.origin == UNKNOWN
+    with pytest.raises(StorageError, match="epsilon without an ancestry"):
+        signed(replace(card, epsilon=4.0, delta=1e-3, ancestry=None), Ed25519PrivateKey.generate())
 
 
 @pytest.mark.parametrize("task", ["glucose-forecast", "glucose-forecast-lstm"])
