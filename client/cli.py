@@ -26,6 +26,7 @@ from client.console import (
 )
 from client.monitor.cli import add_commands as add_monitor
 from shared.errors import FederationError, StorageError
+from shared.files import complaint
 from shared.terminal import print_table
 
 if TYPE_CHECKING:
@@ -325,8 +326,7 @@ def main() -> None:
     except FederationError as error:
         message = str(error)
     except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        message = f"{error.strerror or type(error).__name__}{where}. Check the path, its permissions and the disk."
+        message = complaint(error)
     else:
         return
     ERRORS.print(f"fedward-site: {message}", style="red", highlight=False, soft_wrap=True, markup=False)

@@ -11,6 +11,7 @@ from rich.table import Table
 from server.console import CONSOLE, AsJson, Server, print_json, say, warn
 from server.run_cli import add_commands
 from shared.errors import FederationError
+from shared.files import complaint
 from shared.terminal import print_table
 
 _EXAMPLES = """
@@ -177,9 +178,7 @@ def main() -> None:
         warn("Interrupted. A submitted run goes on: fedward-server status shows it.")
         sys.exit(130)
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-        where = f" ({error.filename})" if error.filename else ""
-        warn(f"{reason}{where}. Check the path, its permissions and the disk.")
+        warn(complaint(error))
         sys.exit(1)
 
 

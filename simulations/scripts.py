@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from shared.errors import FederationError
+from shared.files import complaint
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -27,9 +28,7 @@ def run_script(main: Callable[[], object], name: str | None = None) -> None:
     except FederationError as error:
         code, sentence = FAILED, str(error)
     except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        reason = error.strerror or type(error).__name__
-        code, sentence = FAILED, f"{reason}{where}. Check the path, its permissions and the disk."
+        code, sentence = FAILED, complaint(error)
     except KeyboardInterrupt:
         code, sentence = INTERRUPTED, "stopped."
     else:
