@@ -36,7 +36,7 @@ from typing import Any
 from client.chain import MAX_LINE_BYTES, MAX_TORN_BYTES, RECOVERED, Chain, Entry, Head, encode, read_chain, torn_fields
 from client.ledger import Ledger, Release
 from shared.errors import ErrorCode, FederationError, StorageError
-from shared.files import reason_of, storage_errors, sync_directory
+from shared.files import storage_errors, sync_directory
 
 ASKED = "asked"
 CHACHA20, SEEDED, NOISELESS = "chacha20", "seeded", "none"
@@ -184,7 +184,7 @@ class AuditLog:
             descriptor = os.open(self._path, access | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
             raise StorageError(
-                f"The audit log {self._path.name} cannot be opened: {reason_of(error)}. Without it nothing is released."
+                f"The audit log {self._path.name} cannot be opened: {error.strerror}. Without it nothing is released."
             ) from error
         try:
             fcntl.flock(descriptor, how)
@@ -215,7 +215,7 @@ def _append(descriptor: int, end: Head, event: str, fields: dict[str, Any], clos
             rest = rest[os.write(descriptor, rest) :]
         os.fsync(descriptor)
     except OSError as error:
-        raise StorageError(f"The audit log cannot be written: {reason_of(error)}. Nothing is released.") from error
+        raise StorageError(f"The audit log cannot be written: {error.strerror}. Nothing is released.") from error
     return Head(end.sequence + 1, hashlib.sha256(line[:-1]).hexdigest(), end.size + len(line))
 
 

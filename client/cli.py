@@ -26,7 +26,6 @@ from client.console import (
 )
 from client.monitor.cli import add_commands as add_monitor
 from shared.errors import FederationError, StorageError
-from shared.files import complaint
 from shared.terminal import print_table
 
 if TYPE_CHECKING:
@@ -326,7 +325,8 @@ def main() -> None:
     except FederationError as error:
         message = str(error)
     except OSError as error:
-        message = complaint(error)
+        where = f" ({error.filename})" if error.filename else ""
+        message = f"{error.strerror or type(error).__name__}{where}. Check the path, its permissions and the disk."
     else:
         return
     ERRORS.print(f"fedward-site: {message}", style="red", highlight=False, soft_wrap=True, markup=False)

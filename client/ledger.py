@@ -29,7 +29,6 @@ from client.budget import Admission, Rule, Spending
 from client.chain import Head
 from shared.accounting import Mechanism
 from shared.errors import ErrorCode, ProtocolError, StorageError
-from shared.files import reason_of
 
 _RELEASES = """
 CREATE TABLE releases (
@@ -157,7 +156,7 @@ class Ledger:
                     database.execute(f"PRAGMA user_version = {_VERSION}")
                     database.execute("COMMIT")
             except sqlite3.Error as error:
-                raise StorageError(f"The privacy ledger {path} cannot be made: {reason_of(error)}.") from error
+                raise StorageError(f"The privacy ledger {path} cannot be made: {error}.") from error
         return cls(path)
 
     def reserve(
@@ -311,7 +310,7 @@ class Ledger:
                     raise
                 database.execute("COMMIT")
         except sqlite3.Error as error:
-            raise StorageError(f"The privacy ledger {self._path.name} cannot be used: {reason_of(error)}.") from error
+            raise StorageError(f"The privacy ledger {self._path.name} cannot be used: {error}.") from error
 
 
 def _existing(row: tuple[int, str, bytes | None, bytes | None], request: ReleaseRequest) -> Reservation:

@@ -11,7 +11,6 @@ from rich.table import Table
 from server.console import CONSOLE, AsJson, Server, print_json, say, warn
 from server.run_cli import add_commands
 from shared.errors import FederationError
-from shared.files import complaint
 from shared.terminal import print_table
 
 _EXAMPLES = """
@@ -178,7 +177,9 @@ def main() -> None:
         warn("Interrupted. A submitted run goes on: fedward-server status shows it.")
         sys.exit(130)
     except OSError as error:
-        warn(complaint(error))
+        reason = error.strerror or type(error).__name__
+        where = f" ({error.filename})" if error.filename else ""
+        warn(f"{reason}{where}. Check the path, its permissions and the disk.")
         sys.exit(1)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ErrorCode, PlanError, StorageError
-from shared.files import reason_of
 from shared.metrics import Estimate
 from shared.operating_point import OperatingPoint
 from shared.plan import RunPlan
@@ -233,7 +232,7 @@ class Registry:
                     raise
                 database.execute("COMMIT")
         except sqlite3.Error as error:
-            raise StorageError(f"The run registry {self._path} cannot be used: {reason_of(error)}.") from error
+            raise StorageError(f"The run registry {self._path} cannot be used: {error}.") from error
 
 
 def finite(value: Any) -> Any:

@@ -27,7 +27,7 @@ from typing import TextIO
 from server.lineage import record_start, start_words
 from server.registry import FAILED, RUNNING, STOPPED, Registry, RunRecord
 from shared.errors import FederationError, PlanError, StorageError
-from shared.files import reason_of, storage_errors, write_atomic
+from shared.files import storage_errors, write_atomic
 from shared.plan import RunPlan
 from shared.provenance.ancestry import Ancestry
 
@@ -280,4 +280,4 @@ def _claim(server: Path, name: str | None) -> RunFolder:
                 raise StorageError(f"There is a run called {name} already. Choose another name.") from error
             number += 1
         except OSError as error:
-            raise StorageError(f"Cannot make {folder.path}: {reason_of(error)}.") from error
+            raise StorageError(f"Cannot make {folder.path}: {error.strerror}.") from error

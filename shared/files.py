@@ -1,16 +1,12 @@
 """Durable writes: a reader sees the old file or the new one, never half of one, even after a power cut."""
 
-import errno
 import os
 import secrets
-import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from shared.errors import StorageError
-
-_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota on this disk is used up"}
 
 
 class SecretExists(StorageError):  # noqa: N818 - says what happened
@@ -77,26 +73,5 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(complaint(error, path)) from error
-
-
-def complaint(error: OSError, path: object = None) -> str:
-    """Return what an error of the operating system means and what to do, as two sentences.
-
-    Args:
-        error: The error.
-        path: What could not be used; by default the file that the error names.
-    """
-    where = path or error.filename
-    act = "Free space on it and try again" if error.errno in _FULL else "Check the path, its permissions and the disk"
-    reason = reason_of(error)
-    return f"Cannot use {where}: {reason}. {act}." if where else f"{reason[0].upper()}{reason[1:]}. {act}."
-
-
-def reason_of(error: OSError | sqlite3.Error) -> str:
-    """Return why a file or a database cannot be used. A full disk is called that, by system and database alike."""
-    if isinstance(error, OSError):
-        told = error.strerror or str(error) or type(error).__name__
-        return f"{_FULL[error.errno]} ({told})" if error.errno in _FULL else told
-    full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
-    return "the disk is full; free space on it and try again" if full else str(error)
+        reason = error.strerror or str(error) or type(error).__name__
+        raise StorageError(f"Cannot use {path}: {reason}. Check the path, its permissions and the disk.") from error

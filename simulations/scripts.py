@@ -8,7 +8,6 @@ from pathlib import Path
 from rich.console import Console
 
 from shared.errors import FederationError
-from shared.files import complaint
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -28,7 +27,9 @@ def run_script(main: Callable[[], object], name: str | None = None) -> None:
     except FederationError as error:
         code, sentence = FAILED, str(error)
     except OSError as error:
-        code, sentence = FAILED, complaint(error)
+        where = f" ({error.filename})" if error.filename else ""
+        reason = error.strerror or type(error).__name__
+        code, sentence = FAILED, f"{reason}{where}. Check the path, its permissions and the disk."
     except KeyboardInterrupt:
         code, sentence = INTERRUPTED, "stopped."
     else:

@@ -1,12 +1,9 @@
 """Fixtures that several rooms of the tests share."""
 
 import resource
-import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -63,21 +60,6 @@ def disk_full_after() -> Callable[[int], AbstractContextManager[None]]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     return limited
-
-
-class _FullConnection(sqlite3.Connection):
-    """A database that may not grow, as on a full disk; ``PRAGMA`` raises the limit to the pages there are."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.execute("PRAGMA max_page_count = 1")
-
-
-@pytest.fixture
-def full_database(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Return what makes SQLite itself raise its error of a full disk from then on."""
-    connect = sqlite3.connect
-    return lambda: monkeypatch.setattr(sqlite3, "connect", partial(connect, factory=_FullConnection))
 
 
 def write_nodule_store(path: Path, patients: int = 12, seed: int = 0, nodules: int = 2) -> RecordStore:

@@ -20,7 +20,7 @@ from client.intake.pseudonyms import SECRET_BYTES
 from client.monitor.alarm import Alarm, Alert
 from client.monitor.forecaster import History
 from shared.errors import StorageError
-from shared.files import reason_of, storage_errors
+from shared.files import storage_errors
 
 _VERSION = 1
 _BEGINNING = b'{"id": "'
@@ -118,7 +118,7 @@ class Memory:
                 self.position = position
             self._database.execute("COMMIT")
         except sqlite3.Error as error:
-            raise StorageError(f"{self._name} cannot be written: {reason_of(error)}. Check the disk.") from error
+            raise StorageError(f"{self._name} cannot be written: {error}. Check the disk.") from error
 
     def _get(self, name: str) -> str | None:
         row = self._database.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()

@@ -172,15 +172,6 @@ def test_a_full_disk_changes_nothing_and_the_next_try_succeeds(
     assert ledger.mechanisms() == (MECHANISM,)
 
 
-def test_a_ledger_on_a_full_disk_calls_it_full_and_stays_whole(
-    ledger: Ledger, full_database: Callable[[], None]
-) -> None:
-    full_database()
-    with pytest.raises(StorageError, match=r"ledger\.sqlite cannot be used: the disk is full; free space on it"):
-        ledger.reserve(request(), bytes(100_000), allow)
-    assert ledger.mechanisms() == ()
-
-
 def test_a_damaged_ledger_fails_closed(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     path.write_bytes(b"this is no database" * 100)

@@ -3,7 +3,6 @@
 import io
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from server.checkpoints import save_checkpoint
 from server.operations import follow
 from server.registry import ASKED, COMPLETED, STOPPED, RoundRow
 from server.runs import find_run
-from shared.errors import ErrorCode, FederationError, StorageError
+from shared.errors import ErrorCode, FederationError
 from shared.tasks.registry import find_task
 
 
@@ -149,23 +148,6 @@ def test_a_run_is_waited_for_again_and_its_end_is_the_exit_code(
     assert "Go on with: fedward-server resume" in capfd.readouterr().err
     assert call(monkeypatch, "wait", server, "run-9") == 1
     assert "run-9" in capfd.readouterr().err
-
-
-def test_a_full_disk_is_called_full(
-    server: str,
-    tmp_path: Path,
-    full_database: Callable[[], None],
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    assert call(monkeypatch, "run", server, str(tmp_path / "plan.toml")) == 0
-    full_database()
-    run = find_run(Path(server), "run-1")
-    with pytest.raises(StorageError, match=r"registry\.sqlite cannot be used: the disk is full; free space on it"):
-        run.registry().add_note("run-1", "note", "x" * 100_000)
-    capfd.readouterr()
-    assert call(monkeypatch, "run", server, str(tmp_path / "plan.toml")) == 1
-    assert "the disk is full" in capfd.readouterr().err
 
 
 def test_a_round_that_is_open_does_not_read_as_one_that_failed(

@@ -1,14 +1,12 @@
 """What is written is whole, durable and, where it must be, its owner's alone from the first byte."""
 
-import errno
 import os
-import sqlite3
 from pathlib import Path
 
 import pytest
 
 from shared.errors import StorageError
-from shared.files import SecretExists, complaint, reason_of, storage_errors, write_atomic, write_secret
+from shared.files import SecretExists, write_atomic, write_secret
 
 
 @pytest.fixture
@@ -63,32 +61,3 @@ def test_nothing_is_left_where_a_folder_cannot_be_written(tmp_path: Path, write,
     with pytest.raises(StorageError, match="No space left"):
         write(tmp_path / "file", b"content")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_is_called_a_full_disk() -> None:
-    """``/dev/full`` is the system's own full disk."""
-    path = Path("/dev/full")
-    with pytest.raises(StorageError) as told, storage_errors(path), path.open("wb", buffering=0) as handle:
-        handle.write(b"content")
-    sentence = f"the disk is full ({os.strerror(errno.ENOSPC)}). Free space on it and try again."
-    assert str(told.value) == f"Cannot use /dev/full: {sentence}"
-    assert complaint(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) == sentence.replace("the", "The", 1)
-    quota = complaint(OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "store"))
-    assert quota.startswith("Cannot use store: the quota on this disk is used up (")
-    assert quota.endswith("Free space on it and try again.")
-    assert complaint(PermissionError(errno.EACCES, "Permission denied", "store")) == (
-        "Cannot use store: Permission denied. Check the path, its permissions and the disk."
-    )
-
-
-def test_a_database_on_a_full_disk_says_so_and_any_other_error_is_its_own() -> None:
-    database = sqlite3.connect(":memory:")
-    database.execute("CREATE TABLE t (x BLOB)")
-    database.execute("PRAGMA max_page_count = 2")
-    with pytest.raises(sqlite3.OperationalError) as full:
-        database.execute("INSERT INTO t VALUES (zeroblob(100000))")
-    assert reason_of(full.value) == "the disk is full; free space on it and try again"
-    with pytest.raises(sqlite3.OperationalError) as wrong:
-        database.execute("SELECT y FROM t")
-    assert reason_of(wrong.value) == "no such column: y"
-    database.close()

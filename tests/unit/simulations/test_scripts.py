@@ -72,11 +72,7 @@ def test_no_program_was_forgotten() -> None:
     ("error", "code", "said"),
     [
         (IntakeError("Nobody. [Give] somebody."), FAILED, "p: Nobody. [Give] somebody.\n"),
-        (
-            FileNotFoundError(2, "No such file", "x"),
-            FAILED,
-            "p: Cannot use x: No such file. Check the path, its permissions",
-        ),
+        (FileNotFoundError(2, "No such file", "x"), FAILED, "p: No such file (x). Check the path, its permissions"),
         (OSError(), FAILED, "p: OSError. Check"),
         (KeyboardInterrupt(), INTERRUPTED, "p: stopped.\n"),
     ],
