@@ -1,13 +1,12 @@
 """The steward's commands that look into the books: ``status``, ``ledger``, ``audit``."""
 
 import json
+from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from client.console import CONSOLE, AsJson, SiteFolder, open_site, print_json, say, warn
-from shared.terminal import print_table
+from client.console import AsJson, SiteFolder, open_site, print_json, say, show, warn
 
 
 def status(
@@ -15,7 +14,8 @@ def status(
     as_json: AsJson = False,
     healthy: Annotated[bool, typer.Option("--healthy", help="Only an exit status: 0 if the daemon is well.")] = False,
 ) -> None:
-    """Show rules, store, budget, audit log and whether the daemon answers."""
+    """Show the budget, whether the daemon answers, stores, audit log and rules."""
+    from client.books_view import status_view
     from client.overview import daemon_health, status_of
 
     if healthy:
@@ -24,28 +24,23 @@ def status(
     if as_json:
         print_json(state)
         return
-    table = Table(show_header=False, box=None)
-    for part, facts in state.items():
-        for key, value in facts.items():
-            table.add_row(part, key, _text(value))
-    print_table(CONSOLE, table)
+    show(status_view(state, datetime.now(UTC)))
 
 
-def ledger(site: SiteFolder, as_json: AsJson = False) -> None:
-    """Show every release this hospital ever made, and what is left of its privacy budget."""
+def ledger(
+    site: SiteFolder,
+    as_json: AsJson = False,
+    rounds: Annotated[bool, typer.Option("--rounds", help="Every release, a row for each round.")] = False,
+) -> None:
+    """Show what is spent and left of the privacy budget, and every run that this hospital ever took part in."""
+    from client.books_view import ledger_view, rounds_view
     from client.overview import ledger_of
 
     books = ledger_of(open_site(site))
     if as_json:
         print_json(books)
-        return
-    table = Table(*("run", "round", "task", "sample rate", "noise", "steps", "delta", "reserved", "left the hospital"))
-    for row in books["releases"]:
-        keys = ("run", "round", "task", "sample_rate", "noise_multiplier", "steps", "delta", "reserved_at")
-        table.add_row(*(_text(row[key]) for key in keys), row["committed_at"] or "not (yet)")
-    print_table(CONSOLE, table)
-    spent, left, most = (_bound(books[key]) for key in ("epsilon", "remaining", "max_epsilon"))
-    say(f"epsilon {spent} is spent and {left} of max-epsilon {most} left, at max-delta {books['max_delta']:g}")
+    else:
+        show(rounds_view(books) if rounds else ledger_view(books, datetime.now(UTC)))
 
 
 def audit_verify(site: SiteFolder, as_json: AsJson = False) -> None:
@@ -82,23 +77,8 @@ def audit_show(
 def add_commands(app: typer.Typer) -> None:
     """Add the commands of this file to the steward's."""
     app.command(epilog="Example:  fedward-site status H1 --json")(status)
-    app.command(epilog="Example:  fedward-site ledger H1 --json")(ledger)
+    app.command(epilog="Examples:\n\n  fedward-site ledger H1\n\n  fedward-site ledger H1 --rounds")(ledger)
     audit = typer.Typer(add_completion=False, no_args_is_help=True, help="Check and read the audit log.")
     audit.command(name="verify", epilog="Example:  fedward-site audit verify H1")(audit_verify)
     audit.command(name="show", epilog="Example:  fedward-site audit show H1 --last 20")(audit_show)
     app.add_typer(audit, name="audit")
-
-
-def _bound(value: float | None) -> str:
-    """Return an epsilon as text; JSON has no infinity, so it comes as ``None``."""
-    return "unbounded" if value is None else _text(value)
-
-
-def _text(value: object) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, tuple):
-        return ", ".join(value)
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_text(part)}" for key, part in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

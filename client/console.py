@@ -1,13 +1,16 @@
 """What the steward's commands share: arguments, and how they speak."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.table import Table
 
 from shared.errors import StorageError
+from shared.terminal import print_table
 
 if TYPE_CHECKING:
     from client.folder import Folder
@@ -54,6 +57,15 @@ def doubt(text: str | None) -> None:
 def say(text: str, style: str | None = None) -> None:
     """Tell the steward."""
     CONSOLE.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def show(parts: Iterable[RenderableType]) -> None:
+    """Show the steward sentences and tables, one below another."""
+    for part in parts:
+        if isinstance(part, Table):
+            print_table(CONSOLE, part)
+        else:
+            CONSOLE.print(part, highlight=False, markup=False)
 
 
 def warn(text: str) -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 from server.checkpoints import latest_checkpoint
 from server.config import ServerConfig
 from server.findings import Findings
-from server.registry import COMPLETED, FAILED, OK, RUNNING, RoundRow, RunRecord, finite
+from server.registry import ASKED, COMPLETED, FAILED, OK, RUNNING, RoundRow, RunRecord, finite
 from server.report import write_report
 from server.runs import FAILURE_NOTE, RunFolder, worker
 from server.summary import write_summary
@@ -22,11 +22,13 @@ from shared.errors import FederationError, StorageError
 from shared.files import storage_errors
 from shared.tasks.registry import find_task
 from shared.telemetry import health_of
+from shared.terminal import plain_table
 
 _POLL_S = 0.5
 _SHOWN_ROUNDS = 15
 _UNREADABLE_FOR_S = 60.0
 UNREADABLE = "unreadable"
+_MEANT = {ASKED: "no reply yet"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +126,7 @@ def overview(folder: RunFolder) -> dict[str, Any]:
 
 def runs_table(rows: list[dict[str, Any]]) -> Table:
     """Return the runs as a table."""
-    table = Table("run", "task", "status", "rounds", "epsilon so far", "held-out")
+    table = plain_table("run", "task", "status", "rounds", "epsilon so far", "held-out")
     for row in rows:
         if row["status"] == UNREADABLE:
             table.add_row(row["run"], "-", UNREADABLE, "-", "-", "-")
@@ -137,14 +139,27 @@ def runs_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def rounds_table(record: RunRecord) -> Table:
-    """Return a run's latest rounds as a table."""
-    table = Table("round", "replies", "held-out", "seconds", "missing", title=f"{record.run}: {record.status}")
+    """Return a run's latest rounds as a table. A round that is open reads as one, and not as one that failed."""
+    table = plain_table("round", "replies", "held-out", "time", "remarks")
+    table.title = f"{record.run}: {record.status}"
     for row in record.rounds[-_SHOWN_ROUNDS:]:
-        missing = ", ".join(f"{site} ({word})" for site, word in row.replies.items() if word != OK)
-        table.add_row(
-            f"{row.round}/{record.plan.rounds}", _replies(row), _value(row, record), f"{row.seconds:.1f}", missing
-        )
+        number = f"{row.round}/{record.plan.rounds}"
+        if _is_open(row, record):
+            table.add_row(number, "-", "-", "-", f"open: waiting for {', '.join(row.replies)}")
+        else:
+            table.add_row(number, _replies(row), _value(row, record), f"{row.seconds:.1f} s", _remarks(row))
     return table
+
+
+def _is_open(row: RoundRow, record: RunRecord) -> bool:
+    """Whether a round has begun and has not ended: what its sites answered is registered when it ends."""
+    return record.status == RUNNING and not row.aggregated and ASKED in row.replies.values()
+
+
+def _remarks(row: RoundRow) -> str:
+    missing = [f"{site} ({_MEANT.get(word, word)})" for site, word in row.replies.items() if word != OK]
+    few = [] if row.aggregated else ["interrupted" if ASKED in row.replies.values() else "too few replies"]
+    return "; ".join([*few, *([f"without {', '.join(missing)}"] if missing else [])])
 
 
 def write_results(folder: RunFolder, out: Path) -> None:

@@ -194,12 +194,17 @@ def test_from_intake_to_a_verified_ledger(
     assert [(run["run"], run["planned_steps"]) for run in books["runs"]] == [
         (f"{'a' * 16}/run", PLAN.mechanism(PLAN.rounds).steps)
     ]
-    assert call(monkeypatch, "ledger", site) == 0
-    (row,) = [line for line in capfd.readouterr().out.splitlines() if f"{'a' * 16}/run" in line]
+    assert call(monkeypatch, "ledger", site, "--rounds") == 0
+    shown = capfd.readouterr().out
     (release,) = books["releases"]  # whole, though no terminal shows it
-    assert all(str(release[key]) in row for key in ("task", "reserved_at", "committed_at"))
+    assert f"{'a' * 16}/run: {release['task']}" in shown
+    (row,) = [line for line in shown.splitlines() if release["reserved_at"] in line]
+    assert release["committed_at"] in row
     assert call(monkeypatch, "ledger", site) == 0
-    assert "max-epsilon 8 left" in capfd.readouterr().out
+    shown = capfd.readouterr().out.splitlines()
+    assert shown[0].startswith("epsilon ")
+    assert "max-epsilon 8 left" in shown[0]
+    assert any(line.split()[:3] == ["run", release["task"], "1"] for line in shown)
 
     assert call(monkeypatch, "status", site, "--json") == 0
     status = json.loads(capfd.readouterr().out)

@@ -13,7 +13,7 @@ from rich.console import Console
 from server import cli
 from server.checkpoints import save_checkpoint
 from server.operations import follow
-from server.registry import COMPLETED, STOPPED, RoundRow
+from server.registry import ASKED, COMPLETED, STOPPED, RoundRow
 from server.runs import find_run
 from shared.errors import ErrorCode, FederationError
 from shared.tasks.registry import find_task
@@ -148,6 +148,30 @@ def test_a_run_is_waited_for_again_and_its_end_is_the_exit_code(
     assert "Go on with: fedward-server resume" in capfd.readouterr().err
     assert call(monkeypatch, "wait", server, "run-9") == 1
     assert "run-9" in capfd.readouterr().err
+
+
+def test_a_round_that_is_open_does_not_read_as_one_that_failed(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "run", server, str(tmp_path / "plan.toml")) == 0
+    run = find_run(Path(server), "run-1")
+    run.registry().add_round("run-1", RoundRow(0, 0.4, None, {}))
+    run.registry().add_round("run-1", RoundRow(1, 7.25, None, {"h1": "ok", "h2": "late"}))
+    run.registry().add_round("run-1", RoundRow(2, 0.0, None, {"h1": ASKED, "h2": ASKED}, aggregated=False))
+
+    def rows() -> dict[str, str]:
+        capfd.readouterr()
+        assert call(monkeypatch, "status", server, "run-1") == 0
+        lines = [line.split(maxsplit=1) for line in capfd.readouterr().out.splitlines() if "/2 " in line]
+        return {number: " ".join(rest.split()) for number, rest in lines if "/2" in number}
+
+    assert rows() == {
+        "0/2": "start not validated 0.4 s",
+        "1/2": "1/2 not validated 7.2 s without h2 (late)",
+        "2/2": "- - - open: waiting for h1, h2",
+    }
+    run.registry().end("run-1", STOPPED)
+    assert rows()["2/2"] == "0/2 not validated 0.0 s interrupted; without h1 (no reply yet), h2 (no reply yet)"
 
 
 def test_sites_are_shown_for_people_and_scripts(
