@@ -175,6 +175,13 @@ def test_an_update_of_exactly_the_bound_passes() -> None:
     assert _fault(replace(HONEST, weights=np.full(4, 0.5, np.float32)), REQUEST, PATIENTS, 1.0) is None
 
 
+def test_an_update_of_exactly_the_plans_bound_is_over_the_cap_alone() -> None:
+    plan = replace(PLAN, local_steps=1, learning_rate=1.0, max_grad_norm=0.5, noise_multiplier=8.0)
+    assert largest_update(plan, 4, PATIENTS) == 11.0
+    reply = TrainReply(3, plan.digest, np.array([11, 0, 0, 0], np.float32))
+    assert _fault(reply, replace(REQUEST, plan=plan), PATIENTS, 1.0) is Dropped.UPDATE_OVER_CAP
+
+
 def test_a_reply_without_weights_to_a_model_without_any_is_no_fault() -> None:
     nothing = np.zeros(0, np.float32)
     assert _fault(replace(HONEST, weights=nothing), replace(REQUEST, weights=nothing), PATIENTS, None) is None
