@@ -210,11 +210,10 @@ def test_a_refusal_says_what_would_be_reached_what_is_permitted_and_what_is_spen
 
 def test_an_empty_ledger_has_spent_nothing_and_an_old_one_goes_by_its_first_release() -> None:
     assert Spending().epsilon(CAP) == 0.0
-    order, other = best_order(ROUND, 8.0, DELTA), best_order(FULL, 8.0, DELTA)
-    assert order != other
-    old = Spending((("first", ROUND), ("second", replace(FULL, steps=6))))
-    both = [ROUND, replace(FULL, steps=6)]
-    assert old.epsilon(CAP) == pytest.approx(oracle(both, DELTA, order), abs=1e-6)
+    cap, both = Cap(1.0, DELTA), [ROUND, Mechanism(0.05, 1.0, 6)]
+    order, other = (best_order(mechanism, cap.epsilon, DELTA) for mechanism in both)
+    old = Spending((("first", both[0]), ("second", both[1])))
+    assert old.epsilon(cap) == pytest.approx(oracle(both, DELTA, order), abs=1e-6)
     assert oracle(both, DELTA, order) != pytest.approx(oracle(both, DELTA, other), abs=1e-3)
 
 

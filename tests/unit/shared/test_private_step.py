@@ -405,6 +405,7 @@ def test_passes_are_as_few_as_the_room_asks_for_and_as_small() -> None:
         (1, None, 63),
         (2, None, 31),
         (2, 64, 31),
+        (3, None, 20),
         (4, 20, 4),
         (64, None, 1),
         (65, 10, 1),
