@@ -246,3 +246,23 @@ def test_beside_another_run_the_one_that_pld_admitted_counts_under_the_filter() 
     assert admit(spending, one_round("first", FULL, 6), raised).rule is Rule.PLD
     with pytest.raises(BudgetExceeded):
         admit(spending, one_round("first", FULL, 6), CAP)
+
+
+def test_a_plan_that_comes_to_the_very_cap_by_pld_is_admitted_and_goes_on() -> None:
+    very = Cap(epsilon_of([FULL], DELTA), DELTA)
+    spending = released(Spending(), one_round("first", FULL, 6), very)
+    assert spending.admissions[0].rule is Rule.PLD
+    assert released(spending, one_round("first", FULL, 6), very).epsilon(very) == very.epsilon
+
+
+def test_a_run_beyond_its_own_plan_is_refused_in_words() -> None:
+    spending = released(Spending(), one_round("first", FULL, 6))
+    with pytest.raises(BudgetExceeded, match=r"^Epsilon would reach .* The first run was admitted whole"):
+        admit(spending, one_round("first", FULL, FULL.steps), CAP)
+
+
+def test_the_order_of_an_old_ledger_is_that_of_its_first_release() -> None:
+    cap, first, planned = Cap(1.0, DELTA), ROUND, Mechanism(0.01, 6.0, 1)
+    assert best_order(first, 1.0, DELTA) != best_order(planned, 1.0, DELTA)
+    admitted = admit(Spending((("old", replace(first, steps=1)),)), whole("new", planned), cap)
+    assert admitted.order == best_order(first, 1.0, DELTA)
