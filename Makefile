@@ -13,7 +13,7 @@ help:
 	@echo "make test   every test"
 	@echo "make check  lint, types, architecture"
 	@echo "make bench  what a private step costs, into docs/performance.md (minutes; idle machine)"
-	@echo "make mutants what tests of the code that guards privacy notice (half an hour; docs/mutants.md)"
+	@echo "make mutants what tests of the code that guards privacy notice (up to an hour; docs/mutants.md)"
 	@echo "make format write the house style"
 
 $(VENV)/.installed: pyproject.toml
