@@ -7,12 +7,13 @@ export OMP_NUM_THREADS := 1
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: help demo test check bench format clean
+.PHONY: help demo test check bench mutants format clean
 help:
 	@echo "make demo   four simulated hospitals train one classifier; report in runs/demo"
 	@echo "make test   every test"
 	@echo "make check  lint, types, architecture"
 	@echo "make bench  what a private step costs, into docs/performance.md (minutes; idle machine)"
+	@echo "make mutants what tests of the code that guards privacy notice (up to an hour; docs/mutants.md)"
 	@echo "make format write the house style"
 
 $(VENV)/.installed: pyproject.toml
@@ -39,9 +40,13 @@ bench: $(VENV)/.installed
 	mkdir -p runs
 	$(BIN)/fedward-sim bench --json runs/bench.json --into docs/performance.md
 
+mutants: $(VENV)/.installed
+	$(BIN)/mutmut run --max-children 1 client.guard.x_release__mutmut_1  # makes all mutants and tries this one
+	$(BIN)/python tests/mutants.py
+
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
+	rm -rf $(VENV) runs mutants .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

@@ -137,6 +137,15 @@ def test_an_error_is_noted_with_its_code_and_not_its_text(books: Books) -> None:
     assert verify(books.log).problems == ()
 
 
+def test_a_session_says_whether_it_announced_an_act(books: Books) -> None:
+    with books.log.session() as session:
+        assert session.announced is False
+        session.note("told")
+        assert session.announced is False
+        session.announce("reserved")
+        assert session.announced is True
+
+
 @pytest.mark.parametrize("crash", CRASHES)
 def test_a_crash_anywhere_is_settled_and_is_no_tampering(books: Books, crash: str) -> None:
     with pytest.raises(Crash):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from client.budget import Admission, Cap, Proposal, Rule, Spending, admit
 from shared.accounting import Mechanism, epsilon_of
 from shared.errors import BudgetExceeded
-from shared.renyi import best_order
+from shared.renyi import best_order, renyi_epsilon
 
 DELTA = 1e-3
 CAP = Cap(8.0, DELTA)
@@ -177,3 +177,92 @@ def test_an_admission_is_remembered_once() -> None:
     again = spending.after("first", ROUND, Admission("first", Rule.FILTER, SMALL, 9))
     assert again.admissions == spending.admissions
     assert len(again.releases) == 2
+
+
+def test_what_is_spent_is_stated_at_the_order_that_the_first_release_fixed() -> None:
+    """Under a cap that was raised since, another order would be best for what was released."""
+    low, high = Cap(2.0, DELTA), Cap(12.0, DELTA)
+    spending = released(Spending(), one_round("first", SMALL, 6), low)
+    fixed, other = spending.admissions[0].order, best_order(ROUND, high.epsilon, DELTA)
+    assert fixed != other
+    assert spending.epsilon(high) == pytest.approx(oracle([ROUND], DELTA, fixed), abs=1e-6)
+    assert oracle([ROUND], DELTA, fixed) != pytest.approx(oracle([ROUND], DELTA, other), abs=1e-3)
+
+
+def test_a_refusal_says_what_would_be_reached_what_is_permitted_and_what_is_spent() -> None:
+    spending = released(Spending(), one_round("first", SMALL, 6))
+    order = spending.admissions[0].order
+    with pytest.raises(BudgetExceeded) as refused:
+        admit(spending, whole("second", FULL), CAP)
+    assert str(refused.value) == (
+        f"Epsilon would reach {oracle([ROUND, FULL], DELTA, order):.3f} at delta 0.001; site.toml permits 8, of which "
+        f"{oracle([ROUND], DELTA, order):.3f} is spent. Fewer rounds, more noise or a larger max-epsilon "
+        "would be needed."
+    )
+    spending = released(Spending(), one_round("first", FULL, 6))
+    with pytest.raises(BudgetExceeded) as refused:
+        admit(spending, one_round("second", SMALL, 1), CAP)
+    assert str(refused.value).endswith(
+        f"of which {epsilon_of([FULL], DELTA):.3f} is spent. The first run was admitted whole, as a plan fixed "
+        "beforehand, and leaves no room for another. Fewer rounds, more noise or a larger max-epsilon would be needed."
+    )
+
+
+def test_an_empty_ledger_has_spent_nothing_and_an_old_one_goes_by_its_first_release() -> None:
+    assert Spending().epsilon(CAP) == 0.0
+    cap, both = Cap(1.0, DELTA), [ROUND, Mechanism(0.05, 1.0, 6)]
+    order, other = (best_order(mechanism, cap.epsilon, DELTA) for mechanism in both)
+    old = Spending((("first", both[0]), ("second", both[1])))
+    assert old.epsilon(cap) == pytest.approx(oracle(both, DELTA, order), abs=1e-6)
+    assert oracle(both, DELTA, order) != pytest.approx(oracle(both, DELTA, other), abs=1e-3)
+
+
+def test_a_release_that_comes_to_the_very_cap_is_admitted_with_its_plan() -> None:
+    spending = released(Spending(), one_round("first", SMALL, 6))
+    order = spending.admissions[0].order
+    very = Cap(renyi_epsilon([ROUND, SMALL], DELTA, order), DELTA)
+    assert admit(spending, whole("second", SMALL), very) == Admission("second", Rule.FILTER, SMALL, order)
+
+
+def test_the_plan_of_a_run_that_pld_admitted_may_be_asked_for_again() -> None:
+    spending = released(Spending(), one_round("first", FULL, 6))
+    assert admit(spending, whole("first", FULL), CAP) == spending.admissions[0]
+
+
+def test_a_run_that_pld_admitted_keeps_to_the_smaller_delta_of_plan_and_cap() -> None:
+    spending = released(Spending(), one_round("first", FULL, 6))
+    assert epsilon_of([FULL], DELTA / 10) > CAP.epsilon
+    with pytest.raises(BudgetExceeded):
+        admit(spending, one_round("first", FULL, 6, DELTA / 10), CAP)
+    with pytest.raises(BudgetExceeded):
+        admit(spending, one_round("first", FULL, 6), Cap(CAP.epsilon, DELTA / 10))
+
+
+def test_beside_another_run_the_one_that_pld_admitted_counts_under_the_filter() -> None:
+    """The cap was raised for the second run and lowered again: PLD's figure of the first alone no longer holds."""
+    raised = Cap(20.0, DELTA)
+    spending = released(Spending(), one_round("first", FULL, 6))
+    spending = released(spending, one_round("second", SMALL, 6), raised)
+    assert admit(spending, one_round("first", FULL, 6), raised).rule is Rule.PLD
+    with pytest.raises(BudgetExceeded):
+        admit(spending, one_round("first", FULL, 6), CAP)
+
+
+def test_a_plan_that_comes_to_the_very_cap_by_pld_is_admitted_and_goes_on() -> None:
+    very = Cap(epsilon_of([FULL], DELTA), DELTA)
+    spending = released(Spending(), one_round("first", FULL, 6), very)
+    assert spending.admissions[0].rule is Rule.PLD
+    assert released(spending, one_round("first", FULL, 6), very).epsilon(very) == very.epsilon
+
+
+def test_a_run_beyond_its_own_plan_is_refused_in_words() -> None:
+    spending = released(Spending(), one_round("first", FULL, 6))
+    with pytest.raises(BudgetExceeded, match=r"^Epsilon would reach .* The first run was admitted whole"):
+        admit(spending, one_round("first", FULL, FULL.steps), CAP)
+
+
+def test_the_order_of_an_old_ledger_is_that_of_its_first_release() -> None:
+    cap, first, planned = Cap(1.0, DELTA), ROUND, Mechanism(0.01, 6.0, 1)
+    assert best_order(first, 1.0, DELTA) != best_order(planned, 1.0, DELTA)
+    admitted = admit(Spending((("old", replace(first, steps=1)),)), whole("new", planned), cap)
+    assert admitted.order == best_order(first, 1.0, DELTA)

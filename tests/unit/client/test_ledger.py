@@ -3,8 +3,9 @@
 import sqlite3
 import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from client.budget import Admission, Rule, Spending
 from client.chain import Head
-from client.ledger import Ledger, ReleaseRequest, Reservation
+from client.ledger import Ledger, Release, ReleaseRequest, Reservation
 from shared.accounting import Mechanism
-from shared.errors import BudgetExceeded, ErrorCode, ProtocolError, StorageError
+from shared.errors import BudgetExceeded, ErrorCode, FederationError, ProtocolError, StorageError
 
 MECHANISM = Mechanism(0.5, 2.0, 3)
 DELTA = 1e-3
@@ -230,6 +231,173 @@ def test_the_admission_is_kept_with_the_first_release_and_not_changed(ledger: Le
     ledger.reserve(request(1), b"key", allow)
     ledger.reserve(request(2), b"key", lambda _spending: Admission("r", Rule.PLD, Mechanism(0.1, 9.0, 1), 9))
     assert ledger.spending().admissions == (allow(Spending()),)
+
+
+def test_a_steward_reads_each_release_as_it_was_asked_for(ledger: Ledger) -> None:
+    """Every field has a value of its own, so that no two can be swapped."""
+    asked = ReleaseRequest("r", 7, "task", "store", "plan", "request", Mechanism(0.25, 1.5, 9), 1e-4)
+    before = datetime.now(UTC).replace(microsecond=0)
+    reservation = ledger.reserve(asked, b"key", allow)
+    (open_one,) = ledger.releases()
+    ledger.commit(reservation, b"reply")
+    ledger.reserve(request(1, run="second"), b"key", allow)
+    committed, second = ledger.releases()
+    assert open_one == Release(
+        "r", 7, "task", "plan", "request", Mechanism(0.25, 1.5, 9), 1e-4, open_one.reserved_at, None
+    )
+    assert committed == replace(open_one, committed_at=committed.committed_at)
+    assert second.run == "second"
+    for text in (committed.reserved_at, committed.committed_at):
+        assert text is not None
+        moment = datetime.fromisoformat(text)
+        assert moment.utcoffset() == timedelta(0)
+        assert before <= moment <= datetime.now(UTC)
+        assert len(text) == len("2026-11-28T20:00:00+00:00")
+
+
+def test_a_run_keeps_the_plan_under_which_it_began(ledger: Ledger) -> None:
+    ledger.reserve(request(1, run="a", plan="p"), b"key", allow)
+    ledger.reserve(request(1, run="b", plan="q"), b"key", allow)
+    assert [ledger.plan_of(run) for run in ("a", "b", "c")] == ["p", "q", None]
+
+
+def test_the_reservation_of_a_round_names_its_own_row(ledger: Ledger) -> None:
+    first, second = (ledger.reserve(request(number), b"key", allow) for number in (1, 2))
+    assert (first, second) == (Reservation(1, b"key", None), Reservation(2, b"key", None))
+
+
+def test_a_commit_forgets_the_replies_of_its_own_run_alone(ledger: Ledger) -> None:
+    for run, number in (("a", 1), ("b", 1), ("b", 2)):
+        ledger.commit(ledger.reserve(request(number, run=run), b"key", allow), f"{run}{number}".encode())
+    assert ledger.reserve(request(1, run="a"), b"key", allow).reply == b"a1"
+    assert ledger.reserve(request(2, run="b"), b"key", allow).reply == b"b2"
+    with pytest.raises(ProtocolError) as caught:
+        ledger.reserve(request(1, run="b"), b"key", allow)
+    assert (str(caught.value), caught.value.code) == (
+        "This round's reply is no longer kept.",
+        ErrorCode.REPLAY_MISMATCH,
+    )
+
+
+def test_each_act_is_announced_by_its_name_and_its_head_is_kept(ledger: Ledger) -> None:
+    said: list[str] = []
+
+    def announce(act: str) -> Head:
+        said.append(act)
+        return Head(len(said), f"hash-{len(said)}", 100 * len(said))
+
+    assert ledger.audit_head() is None
+    ledger.reserve(request(), b"key", allow, announce)
+    assert ledger.audit_head() == Head(1, "hash-1", 100)
+    reservation = ledger.reserve(request(), b"key", allow, announce)
+    ledger.commit(reservation, b"reply", announce)
+    ledger.reserve(request(), b"key", allow, announce)
+    assert said == ["reserved", "resumed", "released", "replayed"]
+    assert ledger.audit_head() == Head(4, "hash-4", 400)
+    ledger.anchor(Head(9, "other", 7))
+    assert ledger.audit_head() == Head(9, "other", 7)
+
+
+def test_an_act_that_cannot_be_announced_does_not_happen(ledger: Ledger) -> None:
+    def refuse(_act: str) -> Head:
+        raise StorageError("the log is full")
+
+    with pytest.raises(StorageError, match="the log is full"):
+        ledger.reserve(request(), b"key", allow, refuse)
+    assert ledger.spending() == Spending()
+    reservation = ledger.reserve(request(), b"key", allow)
+    with pytest.raises(StorageError, match="the log is full"):
+        ledger.reserve(request(), b"key", allow, refuse)
+    with pytest.raises(StorageError, match="the log is full"):
+        ledger.commit(reservation, b"reply", refuse)
+    assert ledger.reserve(request(), b"key", allow) == reservation
+
+
+def test_the_whole_admission_is_kept(ledger: Ledger) -> None:
+    """Every field has a value of its own, and the runs stand in the order in which they began."""
+    admissions = (
+        Admission("b", Rule.PLD, Mechanism(0.25, 1.5, 9), 17),
+        Admission("a", Rule.FILTER, Mechanism(0.75, 3.5, 8), 16),
+    )
+    for admission in admissions:
+        ledger.reserve(request(run=admission.run), b"key", lambda _spending, kept=admission: kept)  # type: ignore[misc]
+    assert ledger.spending() == Spending((("b", MECHANISM), ("a", MECHANISM)), admissions)
+
+
+def test_the_budget_sees_what_was_spent_before_this_release(ledger: Ledger) -> None:
+    seen: list[Spending] = []
+
+    def look(spending: Spending) -> Admission:
+        seen.append(spending)
+        return allow(spending)
+
+    for number in (1, 2):
+        ledger.reserve(request(number), b"key", look)
+    assert [len(spending.releases) for spending in seen] == [0, 1]
+
+
+def test_what_the_ledger_says_when_it_refuses(ledger: Ledger, tmp_path: Path) -> None:
+    path, gone = tmp_path / "ledger.sqlite", tmp_path / "gone" / "ledger.sqlite"
+    reservation = ledger.reserve(request(), b"key", allow)
+    ledger.commit(reservation, b"reply")
+
+    def said(use: Callable[[], object]) -> tuple[str, ErrorCode]:
+        with pytest.raises(FederationError) as caught:
+            use()
+        return str(caught.value), caught.value.code
+
+    assert said(lambda: Ledger(gone)) == (
+        f"The privacy ledger {gone} is missing. Without it nothing is released, and an old copy would forget "
+        "what was spent: see 'Back-ups and keys' in docs/operations.md.",
+        ErrorCode.STORAGE_FAILED,
+    )
+    assert said(lambda: Ledger.create(gone))[0].startswith(f"The privacy ledger {gone} cannot be made: ")
+    assert said(lambda: ledger.commit(reservation, b"again")) == (
+        "This release was committed before.",
+        ErrorCode.REPLAY_MISMATCH,
+    )
+    assert said(lambda: ledger.reserve(request(2, plan="q"), b"key", allow)) == (
+        "This run began here under another plan.",
+        ErrorCode.PLAN_CHANGED,
+    )
+    assert said(lambda: ledger.reserve(request(weights="x"), b"key", allow)) == (
+        "This round was reserved here for another request or other data.",
+        ErrorCode.REPLAY_MISMATCH,
+    )
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA user_version = 4")
+    assert said(lambda: Ledger(path))[0] == (
+        "ledger.sqlite was written by a newer Fedward (ledger version 4; this one knows 3). "
+        "Install that version: this one might forget what was spent."
+    )
+    path.write_bytes(b"")
+    assert said(lambda: Ledger(path))[0] == "ledger.sqlite is not a privacy ledger, or was emptied. Restore it."
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_a_version_from_which_nothing_leads_here_is_refused(ledger: Ledger, tmp_path: Path, version: int) -> None:
+    with closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as database:
+        database.execute(f"PRAGMA user_version = {version}")
+    with pytest.raises(StorageError, match="is not a privacy ledger"):
+        Ledger(tmp_path / "ledger.sqlite")
+
+
+def test_a_migrated_ledger_has_the_new_version(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript(VERSION_2)
+    Ledger(path)
+    with closing(sqlite3.connect(path)) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (3,)
+
+
+def test_a_ledger_that_cannot_be_made_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its tables or none: a half-made one would be refused for ever."""
+    monkeypatch.setattr("client.ledger._ADMISSIONS", "CREATE NONSENSE")
+    with pytest.raises(StorageError, match="cannot be made"):
+        Ledger.create(tmp_path / "ledger.sqlite")
+    with closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as database:
+        assert database.execute("SELECT name FROM sqlite_master").fetchall() == []
 
 
 class SiteUnderCrashes(RuleBasedStateMachine):

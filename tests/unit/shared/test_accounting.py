@@ -112,3 +112,17 @@ def test_the_fourier_transforms_are_numpys_which_keeps_no_tables(monkeypatch: py
     monkeypatch.setattr(np.fft, "fft", lambda array, length: (lengths.append(length), real(array, length))[1])
     epsilon_of([Mechanism(0.123, 2.345, 17)], 1e-4)
     assert lengths, "SciPy would hold the tables of every length that a run comes to"
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ((1.5, 1.0, 1), "sample-rate must lie in (0, 1], not 1.5."),
+        ((0.5, -1.0, 1), "noise-multiplier must be zero or positive, not -1.0."),
+        ((0.5, 1.0, 0), "A mechanism needs at least one step, not 0."),
+    ],
+)
+def test_an_impossible_mechanism_is_refused_in_words(values: tuple[float, float, int], said: str) -> None:
+    with pytest.raises(PlanError) as refused:
+        Mechanism(*values)
+    assert str(refused.value) == said

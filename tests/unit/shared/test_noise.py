@@ -168,3 +168,68 @@ def test_a_large_sum_takes_no_bits_from_the_noise(signal: float) -> None:
     """The sum's whole cells are added exactly: shifting the sum by them shifts the output, to the bit."""
     noise = [SecureNoise(KeyStream(KEY, b"noise")).add(torch.full((2000,), s), 1.0) for s in (0.0, signal)]
     assert torch.equal(noise[1] - signal, noise[0])
+
+
+def test_a_purpose_fills_the_nonce_from_its_front() -> None:
+    cipher = Cipher(algorithms.ChaCha20(KEY, b"u" + bytes(15)), mode=None).encryptor()
+    assert KeyStream(KEY, b"u").words(3).tobytes() == cipher.update(bytes(24))
+
+
+def test_a_word_becomes_the_uniform_of_its_first_53_bits() -> None:
+    words = [0, (1 << 11) - 1, 1 << 11, 1 << 63, (1 << 64) - 1]
+    assert Given(*words).uniform(5).tolist() == [0.0, 0.0, 2.0**-53, 0.5, 1.0 - 2.0**-53]
+
+
+def test_a_word_becomes_the_normal_that_its_bits_name() -> None:
+    """Its lowest bit is the sign; the others and a half, over 2⁶⁴, are the lower tail's mass."""
+    head = 1 << 61
+    mass = (head + 0.5) * 2.0**-64
+    found = Given(2 * head, 2 * head + 1).normal(2)
+    assert found.tolist() == [-special.ndtri(mass), special.ndtri(mass)]
+    assert found[0] > 0
+
+
+def test_a_small_head_is_continued_by_the_middle_of_the_next_words_cell() -> None:
+    word = 3 << 62
+    found = Given(2 * 5, word).normal(1)
+    assert found.tolist() == [-special.ndtri((5 + (word + 0.5) * 2.0**-64) * 2.0**-64)]
+
+
+def test_the_largest_small_head_takes_a_word_and_the_next_one_does_not() -> None:
+    edge = 1 << 53
+    assert Given(2 * edge).normal(1).tolist() == [-special.ndtri((edge + 0.5) * 2.0**-64)]
+    stream = Given(2 * (edge - 1), 7)
+    stream.normal(1)
+    assert len(stream.words(1)) == 0, "the second word was taken"
+
+
+@pytest.mark.parametrize(("deviation", "step"), [(1.0, -20), (1.999, -20), (2.0, -19), (0.75, -21), (1e-3, -30)])
+def test_the_grids_step_is_the_power_of_two_at_or_below(deviation: float, step: int) -> None:
+    assert grid_step(deviation) == 2.0**step
+
+
+def test_secure_noise_is_the_streams_normals_on_the_grid() -> None:
+    """Worked with exact fractions: the sum's nearest cell, and the rest with the noise to the nearest cell."""
+    total = torch.tensor([[0.3, -7.25], [1e5 / 3, 0.0]], dtype=torch.float32)
+    found = SecureNoise(KeyStream(KEY, b"noise")).add(total, 3.0)
+    assert (found.dtype, found.shape) == (torch.float64, total.shape)
+    normals, step = KeyStream(KEY, b"noise").normal(4), Fraction(grid_step(3.0))
+    for value, normal, noised in zip(total.flatten().tolist(), normals, found.flatten().tolist(), strict=True):
+        exact = Fraction(value) + 3 * Fraction(float(normal))
+        assert abs(Fraction(noised) - exact) <= step / 2 * Fraction(1001, 1000)
+        assert Fraction(noised) % step == 0
+
+
+def test_a_single_precision_sum_is_noised_in_double_precision() -> None:
+    total = torch.full((500,), 1e8 / 3, dtype=torch.float32)
+    single, double = (SecureNoise(KeyStream(KEY, b"n")).add(t, 1e-3) for t in (total, total.double()))
+    assert torch.equal(single, double)
+
+
+def test_seeded_noise_is_that_of_the_seed_and_leaves_the_sum_alone() -> None:
+    total = torch.arange(6.0).view(2, 3)
+    found = SeededNoise(torch.Generator().manual_seed(4)).add(total, 2.0)
+    noise = torch.empty(6).normal_(0.0, 2.0, generator=torch.Generator().manual_seed(4)).view(2, 3)
+    assert torch.equal(found, noise + torch.arange(6.0).view(2, 3))
+    assert torch.equal(total, torch.arange(6.0).view(2, 3))
+    assert SeededNoise(torch.Generator().manual_seed(4)).add(total.double(), 2.0).dtype == torch.float64

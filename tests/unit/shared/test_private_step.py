@@ -14,7 +14,7 @@ from torch.optim import SGD
 from shared.accounting import OVERFLOW_PROBABILITY
 from shared.dp.noise import KeyStream, NoiseSource, SecureNoise, SeededNoise
 from shared.dp.passes import Passes, most_patients, most_sampled
-from shared.dp.step import PrivateStep
+from shared.dp.step import ENGINES, OrdinaryStep, PrivateStep
 from shared.models.cnn import LungCTNet
 from shared.tasks.base import Batch
 from shared.tasks.registry import find_task
@@ -293,3 +293,146 @@ def test_one_patient_more_does_not_change_the_others_even_under_hostile_weights(
     for seed in range(6):
         moved = amplified_sum(15, 32, seed) - amplified_sum(16, 32, seed)
         assert moved.norm().item() <= 1.0 + 1e-6
+
+
+class Deviations(Recorder):
+    """Remembers the standard deviations that it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[float] = []
+
+    def add(self, total: Tensor, standard_deviation: float) -> Tensor:
+        self.asked.append(standard_deviation)
+        return super().add(total, standard_deviation)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_source_is_asked_once_a_step_for_the_noise_of_the_bound(parts: int) -> None:
+    source = Deviations()
+    update(make_batch(15 * parts, 1), noise=3.0, source=source)
+    assert source.asked == [3.0 * BOUND] * 4, "four parameters"
+
+
+def test_the_padding_of_a_part_counts_zero_even_where_it_is_not_zeros() -> None:
+    batch = make_batch(4, 2)
+    padded = Batch(batch.fields, padding=2)
+    model = make_model()
+    source = Recorder()
+    step = PrivateStep(
+        model, SGD(model.parameters(), lr=1.0), loss, noise_multiplier=1.0, max_grad_norm=BOUND, expected_patients=1.0,
+        noise=source,
+    )  # fmt: skip
+    step([padded])
+    first = Batch({name: tensor[:2] for name, tensor in batch.fields.items()})
+    found = torch.cat([total.flatten() for total in source.totals])
+    torch.testing.assert_close(found, clipped_by_hand(first), rtol=1e-9, atol=1e-10)
+
+
+def test_a_step_of_no_part_at_all_is_a_mistake() -> None:
+    model = make_model()
+    step = PrivateStep(
+        model, SGD(model.parameters(), lr=1.0), loss, noise_multiplier=1.0, max_grad_norm=BOUND, expected_patients=1.0,
+        noise=noise_of(1),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"^A private step needs at least one part, which may be all padding\.$"):
+        step([])
+
+
+def test_a_second_step_starts_from_nothing() -> None:
+    """Neither the first step's sum nor its gradients may enter the second."""
+    model, source = make_model(), Recorder()
+    step = PrivateStep(
+        model, SGD(model.parameters(), lr=0.0), loss, noise_multiplier=1.0, max_grad_norm=BOUND, expected_patients=1.0,
+        noise=source,
+    )  # fmt: skip
+    for _ in range(2):
+        step([make_batch(3, 1).padded(4)])
+    assert all(torch.equal(one, two) for one, two in zip(source.totals[:4], source.totals[4:], strict=True))
+    assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_closing_gives_back_an_ordinary_model(engine: str) -> None:
+    model = make_model()
+    step = PrivateStep(
+        model, SGD(model.parameters(), lr=1.0), loss, noise_multiplier=1.0, max_grad_norm=BOUND, expected_patients=1.0,
+        noise=noise_of(1), engine=engine,
+    )  # fmt: skip
+    step.close()
+    loss(model, make_batch(2, 1)).sum().backward()
+    ordinary = make_model()
+    loss(ordinary, make_batch(2, 1)).sum().backward()
+    for one, other in zip(model.parameters(), ordinary.parameters(), strict=True):
+        assert one.grad is not None
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_an_unnamed_engine_is_bookkeeping(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    for name, build in ENGINES.items():
+        monkeypatch.setitem(ENGINES, name, lambda model, name=name, build=build: (made.append(name), build(model))[1])
+    model = make_model()
+    PrivateStep(
+        model, SGD(model.parameters(), lr=1.0), loss, noise_multiplier=1.0, max_grad_norm=BOUND, expected_patients=1.0,
+        noise=noise_of(1),
+    ).close()  # fmt: skip
+    assert made == ["bookkeeping"]
+
+
+def test_an_ordinary_step_descends_the_mean_loss_and_an_empty_one_does_nothing() -> None:
+    model, reference, batch = make_model(), make_model(), make_batch(3, 2)
+    step = OrdinaryStep(model, SGD(model.parameters(), lr=0.5), loss)
+    step(make_batch(0, 2))
+    for one, other in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(one, other)
+    for _ in range(2):  # gradients of the first must not enter the second
+        step(batch)
+        reference.zero_grad()
+        (loss(reference, batch).sum() / 3).backward()
+        with torch.no_grad():
+            for parameter in reference.parameters():
+                assert parameter.grad is not None
+                parameter.sub_(0.5 * parameter.grad)
+    for one, other in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_passes_are_as_few_as_the_room_asks_for_and_as_small() -> None:
+    """Worked by hand: room for 63, 31 and 1 patients in a pass, for the c that the plan's numbers give."""
+    most = most_sampled(400, 0.5)
+    for records, at_once, in_a_pass in [
+        (1, None, 63),
+        (2, None, 31),
+        (2, 64, 31),
+        (3, None, 20),
+        (4, 20, 4),
+        (64, None, 1),
+        (65, 10, 1),
+    ]:
+        passes = Passes.of(records, at_once, 400, 0.5)
+        assert passes.count == math.ceil(most / in_a_pass)
+        assert passes.size == math.ceil(most / passes.count)
+        assert (passes.rows, passes.room) == (passes.size + 1, passes.size * passes.count)
+
+
+@pytest.mark.parametrize(("declared", "most"), [(1, 6), (99, 104), (100, 105), (119, 124), (120, 126), (1000, 1050)])
+def test_a_hospital_may_have_a_twentieth_more_and_at_least_five_more(declared: int, most: int) -> None:
+    assert most_patients(declared) == most
+
+
+def test_a_pass_draws_the_stores_first_patients_beside_the_sampled_ones() -> None:
+    """Whoever was sampled: which others are drawn must not depend on it. A small store's come round again."""
+    drawn: list[list[int]] = []
+
+    def draw(chosen: Tensor) -> Batch:
+        drawn.append(chosen.tolist())
+        return Batch({"x": 1.0 + chosen[:, None].double()})
+
+    passes = Passes(size=3, count=3)
+    parts = list(passes.of_step(torch.tensor([5, 6, 7, 8]), 9, draw))
+    assert drawn == [[5, 6, 7, 3], [8, 1, 2, 3], [0, 1, 2, 3]]
+    assert [part["x"].flatten().tolist() for part in parts] == [[6, 7, 8, 0], [9, 0, 0, 0], [0, 0, 0, 0]]
+    drawn.clear()
+    list(passes.of_step(torch.tensor([0]), 1, draw))
+    assert drawn == [[0, 0, 0, 0]] * 3

@@ -120,3 +120,21 @@ def test_the_best_of_several_orders_is_no_filter() -> None:
     )
     assert reached > 1.8 * delta
     assert np.isclose(sum(q for q, _ in opening), 1.0)
+
+
+def test_nothing_costs_nothing_at_any_order() -> None:
+    assert [renyi_epsilon([], DELTA, order) for order in (ORDERS[0], ORDERS[-1])] == [0.0, 0.0]
+
+
+def test_an_order_is_refused_with_the_range_of_those_that_are_not() -> None:
+    with pytest.raises(PlanError, match=r"^A Rényi order must lie between 2 and 256, not 257\.$"):
+        renyi_epsilon([SMALL], DELTA, 257)
+
+
+@pytest.mark.parametrize("epsilon", [1.0, 8.0])
+def test_no_other_order_admits_a_step_more_than_the_best(epsilon: float) -> None:
+    best, steps = best_order(SMALL, epsilon, 1e-3), 1
+    while renyi_epsilon([replace(SMALL, steps=steps + 1)], 1e-3, best) <= epsilon:
+        steps += 1
+    assert steps > 1
+    assert all(renyi_epsilon([replace(SMALL, steps=steps + 1)], 1e-3, order) > epsilon for order in ORDERS)
