@@ -273,6 +273,32 @@ def test_one_patient_more_in_a_glucose_export_changes_nobody_elses_records(ways,
     assert len(with_it) - len(without) in (0, 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("mueller.anna.csv", "mueller.bernd.csv"),
+        ("mueller.anna.csv.gz", "mueller.anna.2.CSV.GZ"),
+        (".anna.csv", ".bernd.csv"),
+        (".csv", ".txt"),
+    ],
+)
+def test_one_file_more_that_names_nobody_changes_no_other_files_records(tmp_path, name, other):
+    def made(*named):
+        (export := tmp_path / f"in-{len(named)}").mkdir()
+        for number, file_name in enumerate(named):
+            cells = [row.split(b",") for row in glucose_rows(number, "iso", 230)]
+            body = [time + b",0," + value for _, time, value, _ in cells]
+            content = b"\n".join([b"Device Timestamp,Record Type,Historic Glucose mg/dL", *body])
+            packed = file_name.lower().endswith(".gz")
+            (export / file_name).write_bytes(gzip.compress(content) if packed else content)
+        prepare_glucose(export, tmp_path / "store", SECRET)
+        return records(tmp_path / "store")
+
+    alone, both = made(name), made(name, other)
+    assert (len(alone), len(both)) == (1, 2)
+    assert alone.items() <= both.items()
+
+
 def glucose_file(path, *patients):
     rows = [row for number, way in patients for row in glucose_rows(number, way, 230)]
     path.write_bytes(b"\n".join([b"patient_id,timestamp,glucose_mg_dl,remark", *rows]))
