@@ -170,8 +170,10 @@ def _check_index(offsets: Array, keys: Array, header: Mapping[str, Any], arrays:
     """
     patients, records = header["patients"], header["records"]
     good = (
-        (offsets.dtype, offsets.shape) == (np.int64, (patients + 1,))
-        and (keys.dtype, keys.shape) == (np.uint8, (patients, KEY_BYTES))
+        offsets.dtype == np.int64
+        and offsets.shape == (patients + 1,)
+        and keys.dtype == np.uint8
+        and keys.shape == (patients, KEY_BYTES)
         and patients > 0
         and (offsets[0], offsets[-1]) == (0, records)
         and bool((offsets[1:] > offsets[:-1]).all())

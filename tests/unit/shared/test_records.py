@@ -130,7 +130,7 @@ def test_an_index_that_does_not_give_each_record_one_patient_is_refused(
 
 def test_stores_that_differ_in_any_file_have_different_digests(tmp_path: Path) -> None:
     values = np.arange(8, dtype=np.int16).reshape(4, 2)
-    stores = {
+    stores: dict[str, list[tuple[int, Array]]] = {
         "first": [(1, values[:2]), (2, values[2:])],
         "other-offsets": [(1, values[:1]), (2, values[1:])],
         "other-keys": [(1, values[:2]), (3, values[2:])],
