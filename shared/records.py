@@ -1,11 +1,14 @@
 """The prepared store: what intake writes and training reads; one item per patient.
 
-Format (version 1). A folder of plain NumPy files, readable without Fedward, pydicom or torch:
+Format (version 2). A folder of plain NumPy files, readable without Fedward, pydicom or torch:
 
-    store.json     {"format": 1, "kind", "patients", "records", "attributes": {...}, "arrays": {name: sha256}}
+    store.json     {"format": 2, "kind", "patients", "records", "attributes": {...}, "files": {name: sha256}}
     offsets.npy    int64 (P + 1,): patient p owns the records offsets[p] to offsets[p + 1] of every array
     keys.npy       uint8 (P, 16): keyed hash of the hospital's patient identifier (see client.intake)
     <name>.npy     any dtype, (R, ...): one array per field, memory-mapped when read
+
+``files`` has the SHA-256 of every file ``<name>.npy``, offsets and keys too. So ``store.json`` binds the whole content,
+and with it the store's digest. Version 1 is still read: its ``arrays`` has the SHA-256 of the fields' values only.
 
 ``attributes`` hold public facts about the preparation (voxel spacing, window) and nothing of any patient.
 The number of patients is sensitive: the store stays in the hospital.
@@ -22,6 +25,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -31,7 +35,10 @@ from shared.errors import StorageError
 from shared.files import storage_errors, sync_directory, write_atomic
 from shared.provenance.bounded import is_bare, parse_json
 
-FORMAT = 1
+FORMAT = 2
+_FIELDS_HASHED = 1  # the format that states no hash of offsets and keys
+_INDEX = frozenset({"offsets", "keys"})
+_CHUNK = 2**20
 KEY_BYTES = 16
 STORES, _SINGLE = "stores", "store"
 Array = npt.NDArray[Any]
@@ -60,7 +67,7 @@ class RecordStore:
         offsets: ``(P + 1,)`` first record of each patient.
         keys: ``(P, 16)`` pseudonyms.
         arrays: Field name to array ``(R, ...)``.
-        digest: SHA-256 of the store's description, which names every array's own hash.
+        digest: SHA-256 of the store's description, which names every file's own hash.
     """
 
     kind: str
@@ -81,27 +88,26 @@ class RecordStore:
 
     @classmethod
     def open(cls, path: Path) -> "RecordStore":
-        """Open the store at ``path``.
+        """Open the store at ``path``, and verify the hashes that it states.
 
         Raises:
-            StorageError: If there is no store there, or it is of another format or damaged.
+            StorageError: If there is no store there, or it is of another format or damaged, or was changed.
         """
         try:
             text = (path / "store.json").read_bytes()
             header = parse_json(text, f"The prepared store at {path}")
-            if header["format"] != FORMAT:
+            if header["format"] not in (FORMAT, _FIELDS_HASHED):
                 raise StorageError(f"{path} has store format {header['format']}, this version reads {FORMAT}.")
-            if not all(map(is_bare, header["arrays"])):
-                raise ValueError
-            arrays = {name: np.load(path / f"{name}.npy", mmap_mode="r") for name in header["arrays"]}
-            offsets, keys = np.load(path / "offsets.npy"), np.load(path / "keys.npy")
+            arrays = _verified(path, header)
+            offsets, keys = np.array(arrays.pop("offsets")), np.array(arrays.pop("keys"))
             kind, attributes = str(header["kind"]), dict(header["attributes"])
+            _check_index(offsets, keys, header, arrays)
         except FileNotFoundError as error:
             raise StorageError(f"{path} holds no prepared store. Run intake first.") from error
-        except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError) as error:
-            raise StorageError(f"The prepared store at {path} is damaged. Run intake again.") from error
-        if any(len(array) != offsets[-1] for array in arrays.values()) or len(keys) != len(offsets) - 1:
-            raise StorageError(f"The prepared store at {path} is inconsistent. Run intake again.")
+        except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, SyntaxError, TokenError) as error:
+            raise StorageError(
+                f"The prepared store at {path} is damaged, or was changed after it was prepared. Run intake again."
+            ) from error
         return cls(kind, attributes, offsets, keys, arrays, hashlib.sha256(text).hexdigest())
 
     def subset(self, patients: npt.NDArray[np.int64]) -> "RecordStore":
@@ -122,6 +128,60 @@ class RecordStore:
         for p in range(len(self)):
             rows = slice(self.offsets[p], self.offsets[p + 1])
             yield PatientItem(self.keys[p].tobytes(), {n: a[rows] for n, a in self.arrays.items()})
+
+
+def _verified(path: Path, header: Mapping[str, Any]) -> dict[str, Array]:
+    """Return every array of a store, memory-mapped, offsets and keys too.
+
+    Raises:
+        ValueError: If one has another hash than the header states, or a name that is none.
+        OSError, EOFError: If one cannot be read.
+    """
+    older = header["format"] == _FIELDS_HASHED
+    hashes = dict(header["arrays" if older else "files"])
+    if not all(map(is_bare, hashes)) or older != _INDEX.isdisjoint(hashes):
+        raise ValueError
+    if not older:  # before NumPy interprets a byte of them
+        for name, stated in hashes.items():
+            with (path / f"{name}.npy").open("rb") as handle:
+                if hashlib.file_digest(handle, "sha256").hexdigest() != stated:
+                    raise ValueError
+    arrays: dict[str, Array] = {n: np.load(path / f"{n}.npy", mmap_mode="r") for n in _INDEX | hashes.keys()}
+    if older and any(_values_digest(arrays[name]) != stated for name, stated in hashes.items()):
+        raise ValueError
+    return arrays
+
+
+def _values_digest(array: Array) -> str:
+    """Return the SHA-256 of an array's values in C order, a few at a time."""
+    found, step = hashlib.sha256(), max(1, _CHUNK // max(1, array[:1].nbytes))
+    for start in range(0, len(array), step):
+        found.update(array[start : start + step].tobytes())
+    return found.hexdigest()
+
+
+def _check_index(offsets: Array, keys: Array, header: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+    """Check that every record belongs to one patient, and every patient has records and a key of their own.
+
+    The bound on one patient's share in a step holds only then.
+
+    Raises:
+        ValueError: If not.
+    """
+    patients, records = header["patients"], header["records"]
+    good = (
+        offsets.dtype == np.int64
+        and offsets.shape == (patients + 1,)
+        and keys.dtype == np.uint8
+        and keys.shape == (patients, KEY_BYTES)
+        and patients > 0
+        and (offsets[0], offsets[-1]) == (0, records)
+        and bool((offsets[1:] > offsets[:-1]).all())
+        and len(np.unique(keys, axis=0)) == patients
+        and all(len(array) == records for array in arrays.values())
+    )
+    if not good:
+        raise ValueError
 
 
 def store_path(folder: Path, kind: str) -> Path:
@@ -188,19 +248,20 @@ def write_store(
     names = sorted(ordered[0].arrays)
     if len({item.key for item in ordered}) != len(ordered) or any(sorted(i.arrays) != names for i in ordered):
         raise StorageError("Patients must have distinct keys and the same fields.")
+    if not _INDEX.isdisjoint(names):
+        raise StorageError("A field of a patient cannot be called offsets or keys.")
     content = {name: np.concatenate([item.arrays[name] for item in ordered]) for name in names}
+    content["offsets"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    content["keys"] = np.frombuffer(b"".join(item.key for item in ordered), np.uint8).reshape(-1, KEY_BYTES)
     header = {
         "format": FORMAT,
         "kind": kind,
         "patients": len(ordered),
         "records": sum(lengths),
         "attributes": dict(attributes),
-        "arrays": {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in content.items()},
     }
-    content["offsets"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    content["keys"] = np.frombuffer(b"".join(item.key for item in ordered), np.uint8).reshape(-1, KEY_BYTES)
     with storage_errors(path):
-        _replace_folder(path, content, json.dumps(header, indent=1, sort_keys=True))
+        _replace_folder(path, content, header)
     return RecordStore.open(path)
 
 
@@ -211,15 +272,16 @@ def _record_count(item: PatientItem) -> int:
     return counts.pop()
 
 
-def _replace_folder(path: Path, content: Mapping[str, Array], header: str) -> None:
+def _replace_folder(path: Path, content: Mapping[str, Array], header: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(mode=0o700)
-        for name, array in content.items():
-            _save(temporary / f"{name}.npy", array)
-        write_atomic(temporary / "store.json", header.encode())
+        files = {name: _save(temporary / f"{name}.npy", array) for name, array in content.items()}
+        write_atomic(
+            temporary / "store.json", json.dumps({**header, "files": files}, indent=1, sort_keys=True).encode()
+        )
         if path.exists():
             shutil.rmtree(path)
         temporary.rename(path)
@@ -232,11 +294,18 @@ class _Writer:
     """What ``np.save`` may only write to: to a real file it writes by itself and loses the system's reason."""
 
     def __init__(self, handle: BinaryIO) -> None:
-        self.write = handle.write
+        self._handle, self.digest = handle, hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        self.digest.update(content)
+        return self._handle.write(content)
 
 
-def _save(path: Path, array: Array) -> None:
+def _save(path: Path, array: Array) -> str:
+    """Write an array durably; return the SHA-256 of its file."""
     with path.open("wb") as handle:
-        np.lib.format.write_array(_Writer(handle), array, allow_pickle=False)
+        writer = _Writer(handle)
+        np.lib.format.write_array(writer, array, allow_pickle=False)
         handle.flush()
         os.fsync(handle.fileno())
+    return writer.digest.hexdigest()

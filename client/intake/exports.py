@@ -9,13 +9,25 @@ from shared.errors import IntakeError
 
 CSV_SUFFIXES: Final = (".csv", ".tsv", ".txt")
 """Also with ``.gz``."""
+_PACKED: Final = ".gz"
 _DICOM_SUFFIXES: Final = (".dcm", ".dicom", ".ima")
 _PREAMBLE: Final = 128
 
 
 def is_csv_name(name: str) -> bool:
     """Whether intake takes a file of this name for a glucose export."""
-    return name.lower().removesuffix(".gz").endswith(CSV_SUFFIXES)
+    return name.lower().removesuffix(_PACKED).endswith(CSV_SUFFIXES)
+
+
+def csv_stem(name: str) -> str:
+    """Return a file's name without the suffixes of ``is_csv_name``, which say how it is written, not whose it is.
+
+    A dot before them is part of the name: ``mueller.anna.csv`` and ``mueller.bernd.csv`` are two patients'. A name of
+    nothing but suffixes stays as it is.
+    """
+    bare = name[: -len(_PACKED)] if name.lower().endswith(_PACKED) else name
+    suffix = next((suffix for suffix in CSV_SUFFIXES if bare.lower().endswith(suffix)), "")
+    return bare[: len(bare) - len(suffix)] or name
 
 
 def holds_glucose(export: Path) -> bool:

@@ -5,7 +5,8 @@
 ``client.intake.glucose_formats`` says which exports are known, ``client.intake.glucose_grid`` states the rules.
 One bad row, or file of a folder, is counted under its code and never stops the rest; the result does not depend on
 the order of rows or files, nor on their names where the rows name the patient. An export that does not is one
-patient's: all such files in one folder below the source belong to the same patient, others are a patient each.
+patient's: all such files in one folder below the source belong to the same patient. Of the other files, each name
+without its suffix (``.csv``, ``.csv.gz``) is a patient.
 """
 
 from collections import Counter, defaultdict
@@ -17,7 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from client.intake.exports import is_csv_name
+from client.intake.exports import csv_stem, is_csv_name
 from client.intake.files import list_files
 from client.intake.glucose_csv import read_export
 from client.intake.glucose_events import Events
@@ -203,7 +204,7 @@ def _read(
 def _owner(source: Path, path: Path) -> PatientIdentity:
     """Return the patient of a file that names none: its folder below the source, else the file itself."""
     below = path.relative_to(source.resolve()).parts if source.is_dir() else (path.name,)
-    return PatientIdentity("file", below[0] if len(below) > 1 else path.name.split(".")[0])
+    return PatientIdentity("file", below[0] if len(below) > 1 else csv_stem(path.name))
 
 
 def _joined(parts: list[Events]) -> Events:

@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Final, TextIO
+from typing import Final
 
 import numpy as np
 
-from client.intake.files import cells_of, lines_of
+from client.intake.files import cells_of
 from client.intake.glucose_events import Events, Index, Reading
 from client.intake.glucose_formats import PRESETS, CsvMapping, Rows
-from client.intake.glucose_text import FileRejected, find_header, open_text
+from client.intake.glucose_text import FileRejected, find_header, open_lines
 from client.intake.pseudonyms import PatientIdentity
 from client.intake.rejects import GlucoseCode
 from shared.tasks.cgm import MG_DL_PER_MMOL_L
@@ -60,8 +60,8 @@ def read_export(path: Path, mapping: CsvMapping) -> Export:
     """
     code = None
     try:
-        with open_text(path) as handle:
-            table = _Table(handle, mapping)
+        with open_lines(path) as lines:
+            table = _Table(lines, mapping)
             table.read()
         return table.export()
     except FileRejected as outcome:
@@ -86,8 +86,7 @@ class _Columns:
 class _Table:
     """A file on its way from rows to patients."""
 
-    def __init__(self, handle: TextIO, mapping: CsvMapping) -> None:
-        below = lines_of(handle)
+    def __init__(self, below: Iterator[str | None], mapping: CsvMapping) -> None:
         lines = list(islice(below, _HEADER_LINES))
         layouts = [mapping.layout] if mapping.layout else list(PRESETS.values())
         number, self.header = find_header([line or "" for line in lines], layouts)

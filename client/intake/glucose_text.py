@@ -1,20 +1,22 @@
 """A CSV file as text, and its header: encodings, packing, separators, lines before the header.
 
 What is found out here is about the file, not about a patient: the packing, the kind of encoding (by the first line),
-the header and its separator. Bytes that are no UTF-8 are read one by one as Windows-1252, so no row changes how
-another is read.
+the header and its separator. Bytes that are no UTF-8 are read one by one as Windows-1252, and UTF-16 is cut into rows
+before it is decoded, so no row changes how another is read.
 """
 
 import codecs
 import gzip
 import io
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final, TextIO
+from typing import BinaryIO, Final, cast
 
-from client.intake.files import DELIMITERS, cells_of, open_plain
+from client.intake.files import DELIMITERS, MAX_LINE, cells_of, lines_of, open_plain
 from client.intake.glucose_formats import Layout
 from client.intake.rejects import GlucoseCode
 
@@ -23,6 +25,8 @@ MAX_RATIO: Final = 200
 MAX_RATIO_FROM: Final = 2**26
 """So many bytes may unfold whatever the packed size."""
 _SAMPLE: Final = 65_536
+_UTF_8: Final = "utf-8-sig"
+_ROW_ENDS: Final = {"utf-16-le": re.compile(rb"[\n\r]\0"), "utf-16-be": re.compile(rb"\0[\n\r]")}
 _MIXED: Final = "fedward-cp1252"
 
 
@@ -34,8 +38,9 @@ class FileRejected(Exception):  # noqa: N818 - an outcome that is counted, like 
         self.code = code
 
 
-def open_text(path: Path) -> TextIO:
-    """Open a file, packed or not, as text in the encoding that its first bytes show.
+@contextmanager
+def open_lines(path: Path) -> Iterator[Iterator[str | None]]:
+    """Open a file, packed or not, and give its lines, in the encoding that its first bytes show; None for a bad one.
 
     Raises:
         FileRejected: If there is nothing in it; while reading, if it unfolds to too much.
@@ -53,9 +58,39 @@ def open_text(path: Path) -> TextIO:
     except BaseException:
         raw.close()
         raise
-    unpacked = io.BufferedReader(_Unpacked(raw), _SAMPLE) if packed else raw
-    errors = _MIXED if encoding == "utf-8-sig" else "replace"
-    return io.TextIOWrapper(unpacked, encoding=encoding, errors=errors, newline="")
+    with cast(BinaryIO, io.BufferedReader(_Unpacked(raw), _SAMPLE)) if packed else raw as content:
+        if encoding == _UTF_8:
+            with io.TextIOWrapper(content, encoding=encoding, errors=_MIXED, newline="") as text:
+                yield lines_of(text)
+        else:
+            yield _utf_16_lines(content, encoding)
+
+
+def _utf_16_lines(content: BinaryIO, encoding: str) -> Iterator[str | None]:
+    """Yield each line that holds something; None for one that is no UTF-16, or of ``MAX_LINE`` characters or more."""
+    for number, row in enumerate(_utf_16_rows(content, _ROW_ENDS[encoding])):
+        try:
+            text = row.decode(encoding) if len(row) < 2 * MAX_LINE else None
+        except UnicodeDecodeError:
+            text = None
+        yield text.removeprefix("\ufeff") if text and number == 0 else text
+
+
+def _utf_16_rows(content: BinaryIO, end: re.Pattern[bytes]) -> Iterator[bytes]:
+    """Yield the bytes of each row, of a long one only so many that it is known to be too long.
+
+    A row's end counts at an odd position too. A stray byte in one patient's row moves all that follows by one, and
+    would turn every later row to nonsense. The bytes of an end differ, with the zero always on the same side. So no
+    bytes of the rows beside it can hide an end. Letters whose bytes look like one cost their own row only.
+    """
+    rest, most = b"", 2 * MAX_LINE
+    while chunk := content.read(_SAMPLE):
+        *rows, rest = end.split(rest + chunk)
+        yield from filter(None, rows)
+        if len(rest) > most:  # the last byte stays: it may be half of an end
+            rest = rest[:most] + rest[-1:]
+    if rest:
+        yield rest
 
 
 class _Unpacked(io.RawIOBase):
@@ -82,13 +117,14 @@ class _Unpacked(io.RawIOBase):
 
 
 def _encoding(sample: bytes) -> str:
-    if sample[:2] in {b"\xff\xfe", b"\xfe\xff"}:
-        return "utf-16"
+    for mark, name in ((codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be")):
+        if sample.startswith(mark):
+            return name
     line = sample.partition(b"\n")[0]  # the rows below are patients'
     for odd, name in ((1, "utf-16-le"), (0, "utf-16-be")):  # without a mark: every other byte of Latin text is 0
         if line[odd::2].count(0) > 0.4 * len(line) / 2 and line[1 - odd :: 2].count(0) == 0:
             return name
-    return "utf-8-sig"
+    return _UTF_8
 
 
 def _as_cp1252(error: UnicodeError) -> tuple[str, int]:

@@ -273,6 +273,67 @@ def test_one_patient_more_in_a_glucose_export_changes_nobody_elses_records(ways,
     assert len(with_it) - len(without) in (0, 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("mueller.anna.csv", "mueller.bernd.csv"),
+        ("mueller.anna.csv.gz", "mueller.anna.2.CSV.GZ"),
+        (".anna.csv", ".bernd.csv"),
+        (".csv", ".txt"),
+    ],
+)
+def test_one_file_more_that_names_nobody_changes_no_other_files_records(tmp_path, name, other):
+    def made(*named):
+        (export := tmp_path / f"in-{len(named)}").mkdir()
+        for number, file_name in enumerate(named):
+            cells = [row.split(b",") for row in glucose_rows(number, "iso", 230)]
+            body = [time + b",0," + value for _, time, value, _ in cells]
+            content = b"\n".join([b"Device Timestamp,Record Type,Historic Glucose mg/dL", *body])
+            packed = file_name.lower().endswith(".gz")
+            (export / file_name).write_bytes(gzip.compress(content) if packed else content)
+        prepare_glucose(export, tmp_path / "store", SECRET)
+        return records(tmp_path / "store")
+
+    alone, both = made(name), made(name, other)
+    assert (len(alone), len(both)) == (1, 2)
+    assert alone.items() <= both.items()
+
+
+DAMAGE = {
+    "a stray byte": lambda row, _: row[:21] + b"x" + row[21:],
+    "a byte lost": lambda row, _: row[:21] + row[22:],
+    "a stray zero at the end": lambda row, _: row + b"\0",
+    "a stray line feed at the end": lambda row, _: row + b"\n",
+    "a stray zero at the start": lambda row, _: b"\0" + row,
+    "half of a pair": lambda row, _: row + b"\xd8\xd8",
+    "letters like a row's end": lambda row, encoding: row + "ਅĀਅ".encode(encoding),
+    "too long": lambda row, _: row + b"x" * 300_001,
+}
+
+
+@pytest.mark.parametrize("mark", [True, False])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_row_of_utf_16_costs_its_own_patient_only(tmp_path, damage, encoding, mark):
+    """The damaged row of a third patient stands between the rows of two others."""
+    first, second, third = ([r.decode() for r in glucose_rows(n, "iso", 230)] for n in range(3))
+
+    def made(name, *rows):
+        head = "patient_id,timestamp,glucose_mg_dl,remark\r\n"
+        whole = [head, *(f"{row}\r\n" if isinstance(row, str) else row for row in rows)]
+        content = b"".join(row.encode(encoding) if isinstance(row, str) else row for row in whole)
+        path = tmp_path / f"{name}.csv"
+        path.write_bytes(("\ufeff".encode(encoding) if mark else b"") + content)
+        report = prepare_glucose(path, tmp_path / name, SECRET)
+        return records(tmp_path / name), report.counts_by_code.get(GlucoseCode.BAD_ROW, 0)
+
+    damaged = DAMAGE[damage](third[0].encode(encoding), encoding) + "\r\n".encode(encoding)
+    without, _ = made("without", *first, *second)
+    with_it, bad = made("with", *first, damaged, *second)
+    assert (len(without), with_it) == (2, without)
+    assert bad >= 1
+
+
 def glucose_file(path, *patients):
     rows = [row for number, way in patients for row in glucose_rows(number, way, 230)]
     path.write_bytes(b"\n".join([b"patient_id,timestamp,glucose_mg_dl,remark", *rows]))

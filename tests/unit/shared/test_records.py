@@ -1,3 +1,5 @@
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from torch import Generator
 
 from shared.errors import ProtocolError, StorageError
 from shared.models.cnn import LungCTNet
-from shared.records import PatientItem, RecordStore, write_store
+from shared.records import Array, PatientItem, RecordStore, write_store
 from shared.tasks.sampling import draw_records, poisson_sample
 from shared.weights import pack, unpack
 
@@ -53,6 +55,99 @@ def test_damage_is_one_clear_sentence(tmp_path: Path, damage: str) -> None:
         RecordStore.open(tmp_path)
 
 
+def as_version_1(folder: Path) -> None:
+    """Describe a store as version 1 did: the values of its fields have a hash, and offsets and keys have none."""
+    header = json.loads((folder / "store.json").read_bytes())
+    fields = sorted(header.pop("files").keys() - {"offsets", "keys"})
+    values = {name: hashlib.sha256(np.load(folder / f"{name}.npy").tobytes()).hexdigest() for name in fields}
+    (folder / "store.json").write_text(json.dumps({**header, "format": 1, "arrays": values}))
+
+
+@pytest.mark.parametrize("name", ["offsets", "keys", "value"])
+def test_a_flipped_byte_anywhere_in_a_store_is_found(tmp_path: Path, name: str) -> None:
+    write_store(tmp_path, kind="k", patients=[item(1, 3), item(2, 2)], attributes={})
+    content = (tmp_path / f"{name}.npy").read_bytes()
+    for position in range(len(content)):
+        flipped = bytearray(content)
+        flipped[position] ^= 1
+        (tmp_path / f"{name}.npy").write_bytes(flipped)
+        with pytest.raises(StorageError, match="was changed after it was prepared"):
+            RecordStore.open(tmp_path)
+
+
+def test_a_store_of_version_1_opens_and_its_values_are_verified(tmp_path: Path) -> None:
+    write_store(tmp_path, kind="k", patients=[item(1, 3), item(2, 2)], attributes={})
+    as_version_1(tmp_path)
+    assert [set(part.arrays["value"].ravel()) for part in RecordStore.open(tmp_path).items()] == [{1}, {2}]
+    values = np.load(tmp_path / "value.npy")
+    values[-1, -1] += 1
+    np.save(tmp_path / "value.npy", values)
+    with pytest.raises(StorageError, match="was changed"):
+        RecordStore.open(tmp_path)
+
+
+def test_a_store_of_version_1_with_a_damaged_file_header_is_refused(tmp_path: Path) -> None:
+    write_store(tmp_path, kind="k", patients=[item(1, 3)], attributes={})
+    as_version_1(tmp_path)
+    content = (tmp_path / "keys.npy").read_bytes()
+    (tmp_path / "keys.npy").write_bytes(content.replace(b"{", b"z"))
+    with pytest.raises(StorageError, match="damaged"):
+        RecordStore.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("offsets", np.array([0, 5, 0, 5])),  # two patients own the same records
+        ("offsets", np.array([0, 3, 3, 5])),  # one owns none
+        ("offsets", np.array([1, 3, 4, 5])),  # nobody owns the first
+        ("offsets", np.array([0, 3, 4, 4])),  # nobody owns the last
+        ("offsets", np.array([0, 3, 4, 6])),
+        ("offsets", np.array([0, 3, 5])),
+        ("offsets", np.array([0.0, 3.0, 4.0, 5.0])),
+        ("offsets", np.array([[0, 3, 4, 5]])),
+        ("keys", np.repeat(np.array([[1], [2], [1]], np.uint8), 16, axis=1)),  # one patient counts as two
+        ("keys", np.repeat(np.array([[1], [2], [3]], np.uint8), 8, axis=1)),
+        ("keys", np.repeat(np.array([[1], [2], [3]]), 16, axis=1)),
+    ],
+)
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_index_that_does_not_give_each_record_one_patient_is_refused(
+    tmp_path: Path, name: str, array: Array, version: int
+) -> None:
+    """Also where the hashes agree: version 1 states none of them, and anybody can state one."""
+    write_store(tmp_path, kind="k", patients=[item(1, 3), item(2, 1), item(3, 1)], attributes={})
+    np.save(tmp_path / f"{name}.npy", array)
+    if version == 1:
+        as_version_1(tmp_path)
+    else:
+        header = json.loads((tmp_path / "store.json").read_bytes())
+        header["files"][name] = hashlib.sha256((tmp_path / f"{name}.npy").read_bytes()).hexdigest()
+        (tmp_path / "store.json").write_text(json.dumps(header))
+    with pytest.raises(StorageError, match="Run intake again"):
+        RecordStore.open(tmp_path)
+
+
+def test_stores_that_differ_in_any_file_have_different_digests(tmp_path: Path) -> None:
+    values = np.arange(8, dtype=np.int16).reshape(4, 2)
+    stores: dict[str, list[tuple[int, Array]]] = {
+        "first": [(1, values[:2]), (2, values[2:])],
+        "other-offsets": [(1, values[:1]), (2, values[1:])],
+        "other-keys": [(1, values[:2]), (3, values[2:])],
+        "other-type": [(1, values[:2].view(np.uint16)), (2, values[2:].view(np.uint16))],
+    }
+    digests = {
+        write_store(
+            tmp_path / name,
+            kind="k",
+            patients=[PatientItem(bytes([key]) * 16, {"value": part}) for key, part in parts],
+            attributes={},
+        ).digest
+        for name, parts in stores.items()
+    }
+    assert len(digests) == len(stores)
+
+
 def test_a_missing_store_and_an_empty_one_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="Run intake first"):
         RecordStore.open(tmp_path / "nowhere")
@@ -65,6 +160,7 @@ def test_a_missing_store_and_an_empty_one_are_refused(tmp_path: Path) -> None:
     [
         [item(1, 1), item(1, 1)],
         [item(1, 0)],
+        [PatientItem(b"1" * 16, {"offsets": np.zeros(1)})],
         [PatientItem(b"short", {"value": np.zeros(1)})],
         [item(1, 1), PatientItem(b"2" * 16, {"other": np.zeros(1)})],
     ],
