@@ -628,7 +628,7 @@ def test_a_personal_model_serves_one_patient_and_starts_no_run(tmp_path: Path) -
         "patient": pseudonym(salt, PatientIdentity("", "P-1")).hex(),
     }  # fmt: skip
     path.with_suffix(".json").write_text(json.dumps(described))
-    watch = watch_all(load_trained(path, TASK.name, "forecast glucose"), waves())
+    watch = watch_all(load_trained(path, TASK.name, "forecast glucose", fitted=True), waves())
     assert (watch.fates[Fate.READ], watch.fates[Fate.OTHER_PATIENT]) == (120, 120)
     with pytest.raises(StorageError, match="stay there"):
         load_weights(path, TASK.build())

@@ -13,6 +13,7 @@ from torch.optim import SGD
 
 from shared.accounting import OVERFLOW_PROBABILITY
 from shared.dp.noise import KeyStream, NoiseSource, SecureNoise, SeededNoise
+from shared.dp.optimizer import noise_deviation
 from shared.dp.passes import Passes, most_patients, most_sampled
 from shared.dp.step import ENGINES, OrdinaryStep, PrivateStep
 from shared.models.cnn import LungCTNet
@@ -311,7 +312,7 @@ class Deviations(Recorder):
 def test_the_source_is_asked_once_a_step_for_the_noise_of_the_bound(parts: int) -> None:
     source = Deviations()
     update(make_batch(15 * parts, 1), noise=3.0, source=source)
-    assert source.asked == [3.0 * BOUND] * 4, "four parameters"
+    assert source.asked == [noise_deviation(3.0, BOUND)] * 4, "four parameters"
 
 
 def test_the_padding_of_a_part_counts_zero_even_where_it_is_not_zeros() -> None:

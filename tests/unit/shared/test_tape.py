@@ -32,7 +32,7 @@ def parameter(*shape: int) -> nn.Parameter:
 
 
 def contribution(*parameters: nn.Parameter) -> Contribution:
-    return Contribution(parameters, torch.zeros(1), lambda coefficients: ())
+    return Contribution(parameters, torch.zeros(1), lambda coefficients: (), tuple)
 
 
 def test_a_new_tape_expects_nobody_and_a_start_forgets_the_last_pass() -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from client.synthesise import synthesise
 from server.checkpoints import save_checkpoint
 from shared.errors import PlanError, StorageError
+from shared.provenance.ancestry import Ancestry, PastRun, Share
 from shared.provenance.keys import ensure_signing_key
 from shared.records import RecordStore
 from shared.tasks.registry import find_task
@@ -66,9 +67,12 @@ def test_a_start_without_public_weights_and_an_end_that_is_taken_up_again(
 def test_a_generator_augments_every_hospital_of_a_run(data: tuple[str, ...], tmp_path: Path) -> None:
     torch.manual_seed(0)
     (tmp_path / "gan").mkdir()
-    named = {"run": "gan", "task": "ct-synthesis", "plan_digest": "", "epsilon": 9.9, "delta": 1e-3}
+    named: dict[str, Any] = {"run": "gan", "task": "ct-synthesis", "plan_digest": "", "epsilon": 9.9, "delta": 1e-3}
     signer = ensure_signing_key(tmp_path / "gan")  # as a run's own folder has it
     generator = find_task("ct-synthesis").build()
+    share = Share("site-1", 20)
+    run = PastRun(run="gan", plan_digest="", sample_rate=0.5, noise_multiplier=2.0, delta=1e-3, sites=(share,))
+    named["ancestry"] = Ancestry(runs=(run,))
     private = save_checkpoint(tmp_path / "gan" / "checkpoints", generator, number=2, signer=signer, **named).path
     asked = simulation(data[:1], task="nodule-classification", plan={"rounds": 1}, epsilon=float("inf"))
     plain = start(asked, tmp_path / "plain", DISPLAY)
