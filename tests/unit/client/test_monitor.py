@@ -633,7 +633,7 @@ def test_a_personal_model_serves_one_patient_and_starts_no_run(tmp_path: Path) -
     with pytest.raises(StorageError, match="stay there"):
         load_weights(path, TASK.build())
     with pytest.raises(PlanError, match="does not score"):
-        load_trained(path, "nodule-classification", "score nodules")
+        load_trained(path, "nodule-classification", "score nodules", fitted=True)
 
 
 def post_to_the_dying(port: int, content: bytes) -> None:
