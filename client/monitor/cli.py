@@ -192,9 +192,11 @@ def _zone(name: str | None) -> ZoneInfo | None:
 
 
 def _counted(watch: "Watch") -> str:
-    """Return how many lines had which fate: words of a closed list and numbers, nothing of a patient."""
+    """Return how many alerts of which kind and lines of which fate: words of closed lists and numbers only."""
+    alerts = ", ".join(f"{number} {kind}" for kind, number in watch.alerts.most_common())
     counts = Counter({fate.value: number for fate, number in watch.fates.items()})
-    return ", ".join(f"{number} {fate}" for fate, number in counts.most_common()) or "no lines yet"
+    lines = ", ".join(f"{number} {fate}" for fate, number in counts.most_common())
+    return f"alerts: {alerts or 'none'}; lines: {lines or 'none yet'}"
 
 
 def personalise(

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -693,10 +694,13 @@ def test_the_command_survives_kill_9_and_says_nothing_of_patients(
     _, _, err = monitor(checkpoint, "--from", stream, "--alerts", alerts, "--once", "--time-zone", "UTC")
     doubt, counted = err.splitlines()
     assert doubt.startswith("Nobody answers for round-00001.safetensors")
-    assert counted == "no lines yet"
+    assert counted == "alerts: none; lines: none yet"
     with stream.open() as standard_input:
         monkeypatch.setattr(sys, "stdin", standard_input)
-        _, out, _ = monitor(checkpoint, "--from", "-")
+        _, out, err = monitor(checkpoint, "--from", "-")
+    kinds = Counter(json.loads(line)["kind"] for line in out.splitlines())
+    said = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
+    assert f"alerts: {said}; lines: " in err.splitlines()[-1]
     drop = {"id"}  # of another secret
     assert [{k: v for k, v in json.loads(line).items() if k not in drop} for line in out.splitlines()] == [
         {k: v for k, v in alert.items() if k not in drop} for alert in expected
