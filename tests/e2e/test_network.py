@@ -143,5 +143,5 @@ def test_a_line_that_is_dead_for_a_minute_costs_time_and_nothing_else(consortium
         assert name == CUT_OFF or answered == list(range(1, ROUNDS + 1))
         assert all(release.committed_at for release in releases)
         spent = json.loads(consortium.must("site", "ledger", consortium.site(name), "--json"))["epsilon"]
-        assert spent == pytest.approx(record.plan.epsilon(len(released)), abs=1e-6)
+        assert spent == pytest.approx(record.plan.stated_epsilon(len(released)), abs=1e-6), "the whole plan"
         consortium.must("site", "audit", "verify", consortium.site(name))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from client.ledger import Ledger
+from shared.accounting import epsilon_of
 from shared.records import RecordStore
 
 COMMAND = [sys.executable, "-c", "from simulations.cli import main; main()"]
@@ -84,7 +85,7 @@ def test_a_stopped_run_resumes_to_the_very_same_weights(tmp_path: Path, hospital
     assert after["checkpoint"]["sha256"] == before["checkpoint"]["sha256"]
     for site in after["sites"]:
         ledger = Ledger(tmp_path / "cut" / "sites" / site["name"] / "ledger.sqlite")
-        assert ledger.epsilon(site["delta"]) == site["epsilon"] <= 8.0
+        assert epsilon_of(ledger.mechanisms(), site["delta"]) == site["epsilon"] <= 8.0
 
 
 def test_ray_gives_the_same_weights(tmp_path: Path, hospitals: list[str]) -> None:
