@@ -20,6 +20,7 @@ from client.training import findings_of
 from shared.drafting import DELTA_SHARE
 from shared.files import write_atomic
 from shared.plan import RunPlan
+from shared.records import stores_in
 from shared.tasks.registry import find_task
 
 DECLARED: Final = 200
@@ -74,13 +75,17 @@ def verdicts(tasks: Iterable[str], declared_patients: int) -> list[Verdict]:
 
 
 def examine(folder: Path, policy: SitePolicy) -> list[Verdict]:
-    """Set the daemon's threads and test every permitted task; log the result and keep it for ``status``.
+    """Set the daemon's threads and test every permitted task that has patients here; keep the result for ``status``.
+
+    What has none cannot train. Its kernels are tested when a plan for it comes.
 
     Raises:
         StorageError: If the result cannot be written.
     """
     use_threads(policy.threads)
-    found = verdicts(policy.tasks, policy.declared_patients)
+    prepared = stores_in(folder)
+    tasks = [name for name in policy.tasks if find_task(name).store_kind in prepared]
+    found = verdicts(tasks, policy.declared_patients)
     for verdict in found:
         level = logging.INFO if verdict.safe else logging.ERROR
         _LOG.log(level, "selftest", extra=verdict.facts)

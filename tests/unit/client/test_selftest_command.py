@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from client import cli, selftest
 from client.config import SitePolicy
 from client.overview import last_selftest
+from shared.records import RecordStore, store_path
 from shared.tasks.base import Batch
 from shared.tasks.registry import find_task
 
@@ -65,9 +66,11 @@ def test_selftest_fails_if_a_permitted_task_is_unsafe(
 
 
 def test_the_daemon_sets_its_threads_whatever_the_environment_says_and_keeps_the_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_nodule_store: Callable[..., RecordStore]
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert selftest.examine(tmp_path, POLICY) == []  # without patients nothing trains
+    make_nodule_store(store_path(tmp_path, find_task(TASK).store_kind))
     (verdict,) = selftest.examine(tmp_path, POLICY)
     assert torch.get_num_threads() == 2
     assert last_selftest(tmp_path) == {TASK: f"{verdict.rung}, {verdict.threads} threads"}
