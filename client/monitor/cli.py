@@ -192,9 +192,13 @@ def _zone(name: str | None) -> ZoneInfo | None:
 
 
 def _counted(watch: "Watch") -> str:
-    """Return how many lines had which fate: words of a closed list and numbers, nothing of a patient."""
-    counts = Counter({fate.value: number for fate, number in watch.fates.items()})
-    return ", ".join(f"{number} {fate}" for fate, number in counts.most_common()) or "no lines yet"
+    """Return how many lines had which fate, and how many alerts were of which kind: nothing of a patient."""
+    lines = Counter({fate.value: number for fate, number in watch.fates.items()})
+    return f"{_numbers(lines) or 'no lines yet'}; alerts: {_numbers(watch.alerts) or 'none'}"
+
+
+def _numbers(counts: Counter[str]) -> str:
+    return ", ".join(f"{number} {name}" for name, number in counts.most_common())
 
 
 def personalise(

@@ -85,6 +85,8 @@ class Watch:
         self._writers, self._zone, self._now = tuple(writers), zone, now
         self._keys: dict[str, bytes | None] = {}
         self.fates: Counter[Fate] = Counter()
+        self.alerts: Counter[str] = Counter()
+        """How many were raised, by kind."""
         self.sights: dict[str, Sight] = {}
 
     def take(self, lines: Lines) -> list[Alert]:
@@ -102,6 +104,7 @@ class Watch:
         if touched or lines.position:
             self._memory.save(sorted(touched), lines.position)
         self.fates.update(fates)
+        self.alerts.update(alert.kind for alert in alerts)
         lines.done({fate.value: count for fate, count in fates.items()})
         return alerts
 
