@@ -88,9 +88,7 @@ SOURCES = {
         baselines=forecast_baselines,
     ),
 }
-SOURCES["glucose-forecast-lstm"] = replace(
-    SOURCES["glucose-forecast"], start=start_path("glucose-forecast-lstm")
-)
+SOURCES["glucose-forecast-lstm"] = replace(SOURCES["glucose-forecast"], start=start_path("glucose-forecast-lstm"))
 
 
 def find_source(task: str) -> Source:
