@@ -125,10 +125,10 @@ def monitor(
 
 
 def _demo(rules: "tuple[Rule, ...]", shown: bool) -> None:
-    from client.monitor.demo import SIMULATED, alert_words, demo_day, demo_watch, last_time
+    from client.monitor.demo import SIMULATED, demo_day, demo_watch, last_time
 
     say(SIMULATED)
-    watch = demo_watch(rules, lambda alerts: [say(alert_words(alert)) for alert in alerts])
+    watch = demo_watch(rules, say)
     with suppress(KeyboardInterrupt):
         _follow(watch, demo_day(watch, say, shown=shown), rules, shown, lambda: last_time(watch))
     say(_counted(watch))

@@ -12,7 +12,7 @@ from typing import Final
 from client.monitor.alarm import Alert, Rule
 from client.monitor.memory import Memory
 from client.monitor.stream import Lines
-from client.monitor.watch import Sight, Watch, Write
+from client.monitor.watch import Sight, Watch
 from client.trained import load_trained
 from shared.starts import start_path
 from shared.tasks.cgm import STEP_MIN
@@ -30,14 +30,19 @@ _PAUSE_S: Final = 0.05
 """Between readings on a screen: a day takes a quarter of a minute."""
 
 
-def demo_watch(rules: Sequence[Rule], writer: Write) -> Watch:
-    """Return a watch with the public start, which remembers nothing once it ends.
+def demo_watch(rules: Sequence[Rule], tell: Callable[[str], object]) -> Watch:
+    """Return a watch with the public start, which tells each alert in words and remembers nothing once it ends.
 
     Raises:
         StorageError: If the start is missing or damaged.
     """
     trained = load_trained(start_path(_TASK), _TASK, "forecast glucose")
-    return Watch(trained, rules, Memory(None), writers=[writer])
+
+    def write(alerts: Sequence[Alert]) -> None:
+        for alert in alerts:
+            tell(alert_words(alert))
+
+    return Watch(trained, rules, Memory(None), writers=[write])
 
 
 def demo_day(watch: Watch, tell: Callable[[str], object], *, shown: bool) -> Iterator[Lines]:

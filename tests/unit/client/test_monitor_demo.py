@@ -52,7 +52,7 @@ def test_the_demo_mixes_with_nothing_of_a_hospital(arguments: list[str], said: s
 
 def test_the_screen_shows_the_demos_patient_by_the_demos_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("client.monitor.demo._PAUSE_S", 0.0)
-    watch = demo_watch(DEFAULT_RULES, lambda _alerts: None)
+    watch = demo_watch(DEFAULT_RULES, lambda _words: None)
     console = Console(record=True, width=110, height=40, force_terminal=True)
     with console.capture() as said, Screen(console, DEFAULT_RULES, lambda: last_time(watch)) as screen:
         for lines in demo_day(watch, lambda _words: None, shown=True):
