@@ -1,6 +1,6 @@
 """A public start for ``ct-synthesis``: the same networks, trained without privacy on images of no patient.
 
-``python -m simulations.phantom_start OUT.safetensors`` writes one; ``simulations/starts/ct-synthesis.safetensors`` is
+``python -m simulations.phantom_start OUT.safetensors`` writes one; ``shared/starts/ct-synthesis.safetensors`` is
 its output with the defaults, kept for the reason that :mod:`simulations.warm_start` gives.
 
 It costs no privacy, and it leaves to the patients' budget only what phantoms do not show: what real patches look like,

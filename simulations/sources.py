@@ -12,6 +12,7 @@ from server.checkpoints import checkpoint_sha256
 from shared.errors import PlanError
 from shared.provenance.keys import SIGNING_PUB, Trusted, read_trusted
 from shared.records import RecordStore
+from shared.starts import start_path
 from shared.tasks.cgm_windows import split_in_time
 from simulations.forecast_baselines import forecast_baselines, simple_forecasts
 from simulations.generators.glucose import generate_glucose_hospitals
@@ -22,7 +23,6 @@ from simulations.synthesis import examine
 Progress = Callable[[str, int, int], None]
 Simple = Callable[[Mapping[str, RecordStore], RecordStore], dict[str, Any]]
 """Judges simple methods, from each hospital's training store and the held-out store."""
-_STARTS = Path(__file__).with_name("starts")
 _RUN_DEPTH = 4
 """From SRV/runs/NAME/checkpoints up to SRV."""
 
@@ -63,7 +63,6 @@ def _prepare_glucose(raw: Path, store: Path, secret: bytes, _workers: int, progr
     prepare_glucose(raw, store, secret, on_progress=progress)
 
 
-_STARTS = Path(__file__).with_name("starts")
 _SIMULATED_CT = Source(
     generate=generate_hospitals,
     prepare=_prepare_ct_nodules,
@@ -75,7 +74,7 @@ _SIMULATED_CT = Source(
 )
 SOURCES = {
     "nodule-classification": replace(_SIMULATED_CT, simple=size_alone),
-    "ct-synthesis": replace(_SIMULATED_CT, start=_STARTS / "ct-synthesis.safetensors", examine=examine),
+    "ct-synthesis": replace(_SIMULATED_CT, start=start_path("ct-synthesis"), examine=examine),
     "glucose-forecast": Source(
         generate=generate_glucose_hospitals,
         prepare=_prepare_glucose,
@@ -84,14 +83,12 @@ SOURCES = {
             "and the errors of sensors and of people. A score on such records is no clinical claim."
         ),
         split=split_in_time,
-        start=_STARTS / "glucose-forecast.safetensors",
+        start=start_path("glucose-forecast"),
         simple=simple_forecasts,
         baselines=forecast_baselines,
     ),
 }
-SOURCES["glucose-forecast-lstm"] = replace(
-    SOURCES["glucose-forecast"], start=_STARTS / "glucose-forecast-lstm.safetensors"
-)
+SOURCES["glucose-forecast-lstm"] = replace(SOURCES["glucose-forecast"], start=start_path("glucose-forecast-lstm"))
 
 
 def find_source(task: str) -> Source:

@@ -5,7 +5,7 @@ cohort (with its meals and insulin), and random processes that wander, dip and r
 through sensors of many noises and smoothings, so that the network learns to tell from the readings how far their
 slope can be trusted. What insulin does is learnt last and by itself, from a cohort that is given doses at random.
 
-The files in ``simulations/starts`` were made by this in two parts, named by their SHA-256: all but the insulin map when
+The files in ``shared/starts`` were made by this in two parts, named by their SHA-256: all but the insulin map when
 the cohort was still a simpler one, and the map, on top of these weights, by :func:`teach_insulin` as it stands. Making
 all of it anew gives another start, by and large as good (docs/glucose.md); floating point differs between machines.
 """
@@ -24,6 +24,7 @@ from torch.optim import Adam
 
 from shared.dp.step import OrdinaryStep
 from shared.records import KEY_BYTES, RecordStore
+from shared.starts import start_path
 from shared.tasks.base import Batch, PatientDataset, Task
 from shared.tasks.cgm import COVARIATES, STEP_MIN, STORE_KIND
 from shared.tasks.registry import find_task
@@ -200,7 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train public starts on made-up records.")
     parser.add_argument("tasks", nargs="+", choices=("glucose-forecast", "glucose-forecast-lstm"))
     for name in parser.parse_args().tasks:
-        path = Path(__file__).with_name("starts") / f"{name}.safetensors"
+        path = start_path(name)
         sys.stdout.write(f"{name} {write_start(path, name)}\n")
 
 

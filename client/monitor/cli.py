@@ -2,8 +2,9 @@
 
 import json
 import signal
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,8 @@ _NO_ZONE = (
 )
 _MONITOR_EXAMPLES = """
 Examples:
+
+  fedward-site monitor --demo
 
   fedward-site monitor round-00030.safetensors --from readings.csv --alerts alerts.jsonl
 
@@ -58,10 +61,13 @@ SiteToml = Annotated[
 
 
 def monitor(
-    checkpoint: Checkpoint,
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Weights (safetensors), with their JSON beside them.", show_default=False)
+    ] = None,
     source: Annotated[
-        str, typer.Option("--from", help="A file that grows, - for standard input, or http://127.0.0.1:PORT to listen.")
-    ],
+        str | None,
+        typer.Option("--from", help="A file that grows, - for standard input, or http://127.0.0.1:PORT to listen."),
+    ] = None,
     alerts: Annotated[
         Path | None, typer.Option(help="Append alerts here, a JSON object a line. Names patients.")
     ] = None,
@@ -77,6 +83,7 @@ def monitor(
     refractory: Annotated[int, typer.Option(help="Least minutes between two alerts of a kind.")] = 30,
     once: Annotated[bool, typer.Option("--once", help="End at the end of the file.")] = False,
     view: Annotated[bool | None, typer.Option(help="Live view. Default: if this is a terminal.")] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Watch a simulated patient's day. Writes nothing.")] = False,
     site: TrustingSite = None,
 ) -> None:
     """Forecast at every reading of a stream, and warn of lows and highs before they come.
@@ -84,22 +91,29 @@ def monitor(
     Lines are patient_id,timestamp,glucose_mg_dl[,insulin_units[,carbohydrate_g]] or JSON objects with these names.
     Without --alerts, alerts go to standard output. No medical device: a model's forecast, not reviewed by a clinician.
     """
+    if demo and (checkpoint or source or alerts or state or fhir or time_zone or once or site):
+        raise PlanError("--demo has its own model and patient, and writes nothing. Give it thresholds and --view only.")
+    if not demo and (checkpoint is None or source is None):
+        raise PlanError("Give a checkpoint and --from SOURCE; or give --demo, to see a simulated patient's day.")
     import torch
 
+    torch.set_num_threads(1)  # a cycle of a ward takes milliseconds; more threads only wait for one another
+    rules = _rules((low, high), (low_quantile, high_quantile), horizon, hysteresis, refractory)
+    shown = CONSOLE.is_terminal if view is None else view
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if checkpoint is None or source is None:
+        _demo(rules, shown)
+        return
     from client.monitor.memory import Memory
     from client.monitor.watch import Watch
     from client.trained import load_trained
 
-    torch.set_num_threads(1)  # a cycle of a ward takes milliseconds; more threads only wait for one another
-    rules = _rules((low, high), (low_quantile, high_quantile), horizon, hysteresis, refractory)
     zone = _zone(time_zone)
     if fhir and zone is None:
         raise PlanError("FHIR demands times with an offset. Give the readings' zone with --time-zone.")
     trained = load_trained(checkpoint, "glucose-forecast", "forecast glucose", trust_of(site), fitted=True)
     doubt(trained.doubt)
     remembered = state or (alerts.with_name(alerts.name + ".state") if alerts else None)
-    shown = CONSOLE.is_terminal if view is None else view
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ExitStack() as stack:
         memory = stack.enter_context(Memory(remembered))
         watch = Watch(trained, rules, memory, writers=_writers(alerts, fhir, quiet=shown), zone=zone)
@@ -110,14 +124,30 @@ def monitor(
         ERRORS.print(_counted(watch), highlight=False, soft_wrap=True)
 
 
-def _follow(watch: "Watch", source: "Iterator[Lines]", rules: "tuple[Rule, ...]", shown: bool) -> None:
+def _demo(rules: "tuple[Rule, ...]", shown: bool) -> None:
+    from client.monitor.demo import SIMULATED, demo_day, demo_watch, last_time
+
+    say(SIMULATED)
+    watch = demo_watch(rules, say)
+    with suppress(KeyboardInterrupt):
+        _follow(watch, demo_day(watch, say, shown=shown), rules, shown, lambda: last_time(watch))
+    say(_counted(watch))
+
+
+def _follow(
+    watch: "Watch",
+    source: "Iterator[Lines]",
+    rules: "tuple[Rule, ...]",
+    shown: bool,
+    now: Callable[[], float] = time.time,
+) -> None:
     if not shown:
         for lines in source:
             watch.take(lines)
         return
     from client.monitor.view import Screen
 
-    with Screen(CONSOLE, rules) as screen:
+    with Screen(CONSOLE, rules, now) as screen:
         for lines in source:
             watch.take(lines)
             screen.show(watch.sights, _counted(watch))
@@ -192,11 +222,13 @@ def _zone(name: str | None) -> ZoneInfo | None:
 
 
 def _counted(watch: "Watch") -> str:
-    """Return how many alerts of which kind and lines of which fate: words of closed lists and numbers only."""
-    alerts = ", ".join(f"{number} {kind}" for kind, number in watch.alerts.most_common())
-    counts = Counter({fate.value: number for fate, number in watch.fates.items()})
-    lines = ", ".join(f"{number} {fate}" for fate, number in counts.most_common())
-    return f"alerts: {alerts or 'none'}; lines: {lines or 'none yet'}"
+    """Return how many lines had which fate, and how many alerts were of which kind: nothing of a patient."""
+    lines = Counter({fate.value: number for fate, number in watch.fates.items()})
+    return f"{_numbers(lines) or 'no lines yet'}; alerts: {_numbers(watch.alerts) or 'none'}"
+
+
+def _numbers(counts: Counter[str]) -> str:
+    return ", ".join(f"{number} {name}" for name, number in counts.most_common())
 
 
 def personalise(

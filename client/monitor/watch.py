@@ -86,6 +86,7 @@ class Watch:
         self._keys: dict[str, bytes | None] = {}
         self.fates: Counter[Fate] = Counter()
         self.alerts: Counter[str] = Counter()
+        """How many were raised, by kind."""
         self.sights: dict[str, Sight] = {}
 
     def take(self, lines: Lines) -> list[Alert]:

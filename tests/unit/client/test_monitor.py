@@ -694,17 +694,40 @@ def test_the_command_survives_kill_9_and_says_nothing_of_patients(
     _, _, err = monitor(checkpoint, "--from", stream, "--alerts", alerts, "--once", "--time-zone", "UTC")
     doubt, counted = err.splitlines()
     assert doubt.startswith("Nobody answers for round-00001.safetensors")
-    assert counted == "alerts: none; lines: none yet"
+    assert counted == "no lines yet; alerts: none"
     with stream.open() as standard_input:
         monkeypatch.setattr(sys, "stdin", standard_input)
-        _, out, err = monitor(checkpoint, "--from", "-")
-    kinds = Counter(json.loads(line)["kind"] for line in out.splitlines())
-    said = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
-    assert f"alerts: {said}; lines: " in err.splitlines()[-1]
+        _, out, _ = monitor(checkpoint, "--from", "-")
     drop = {"id"}  # of another secret
     assert [{k: v for k, v in json.loads(line).items() if k not in drop} for line in out.splitlines()] == [
         {k: v for k, v in alert.items() if k not in drop} for alert in expected
     ]
+
+
+@pytest.mark.parametrize("end", ["end of input", signal.SIGINT, signal.SIGTERM])
+def test_the_command_ends_with_a_count_of_its_alerts(
+    end: signal.Signals | str, checkpoint: Path, tmp_path: Path
+) -> None:
+    alerts, stuck = tmp_path / "a.jsonl", [f"P-9,{stamp(5 * k)},{100 + min(k, 36) % 2}" for k in range(120)]
+    rows = "".join(f"{row}\n" for row in (*waves(steps=60), *stuck)).encode()
+    source = "-" if end == "end of input" else "http://127.0.0.1:0"
+    command = [sys.executable, "-m", "client.cli", "monitor", checkpoint, "--from", source, "--alerts", alerts]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdin
+        assert child.stderr
+        if isinstance(end, signal.Signals):
+            port = int(next(line for line in child.stderr if line.startswith(b"listening")).rpartition(b":")[2])
+            assert post(port, rows)[0] == 200
+            child.send_signal(end)
+        else:
+            child.stdin.write(rows)
+        child.stdin.close()
+        counted = child.stderr.read().decode().splitlines()[-1]
+    assert child.returncode == 0
+    kinds = Counter(str(alert["kind"]) for alert in alerts_in(alerts))
+    assert set(kinds) == {"low", "high", NO_FORECAST}
+    said = dict(reversed(part.split()) for part in counted.partition("; alerts: ")[2].split(", "))
+    assert said == {kind: str(number) for kind, number in kinds.items()}
 
 
 @pytest.mark.parametrize(
