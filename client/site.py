@@ -192,7 +192,7 @@ class Site(Folder):
             mechanism=mechanism,
             delta=plan.delta,
         )
-        # Cannot change before it is told: whoever would add to the ledger has to hold the log.
+        # The ledger cannot change before the line is written: a writer of the ledger holds the log.
         details = dict(asked) | self._spent(plan, self.ledger.spending())
 
         def check(spending: Spending) -> Admission:

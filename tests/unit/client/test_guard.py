@@ -70,7 +70,7 @@ def test_the_two_allow_listed_replies_leave_as_they_are(reply: SiteOffer | Train
 )
 def test_whatever_is_not_of_an_allow_listed_type_leaves_as_a_bare_code(answer: Any) -> None:
     """A subclass too: it may have fields and words of its own."""
-    refused(release(REQUEST, lambda: answer), ErrorCode.INTERNAL)
+    assert_refused(release(REQUEST, lambda: answer), ErrorCode.INTERNAL)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_failure_leaves_as_its_code_and_the_log_has_its_kind_alone(
     error: Exception, code: ErrorCode, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.DEBUG, "client.guard"):
-        refused(release(REQUEST, raising(error)), code)
+        assert_refused(release(REQUEST, raising(error)), code)
     (record,) = caplog.records
     known = isinstance(error, FederationError)
     assert (record.getMessage(), record.levelno) == (
@@ -102,10 +102,10 @@ def test_a_failure_leaves_as_its_code_and_the_log_has_its_kind_alone(
 
 
 def test_a_reply_that_cannot_be_written_leaves_as_a_bare_code() -> None:
-    refused(release(REQUEST, lambda: TrainReply(1, "d", SECRET)), ErrorCode.INTERNAL)  # type: ignore[arg-type]
+    assert_refused(release(REQUEST, lambda: TrainReply(1, "d", SECRET)), ErrorCode.INTERNAL)  # type: ignore[arg-type]
 
 
-def refused(message: Message, code: ErrorCode) -> None:
+def assert_refused(message: Message, code: ErrorCode) -> None:
     """Check that nothing but the code is in the message."""
     assert message.has_error()
     assert not message.has_content()
