@@ -7,6 +7,7 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from client.audit import AuditLog
+from client.audit import AuditLog, may_be_unconfirmed
 from client.audit_check import verify
 from client.budget import Admission, Rule, Spending
-from client.chain import Head, encode, read_chain
+from client.chain import Entry, Head, encode, read_chain
 from client.ledger import Ledger, ReleaseRequest
 from shared.accounting import Mechanism
 from shared.errors import BudgetExceeded, ErrorCode, ProtocolError, StorageError
@@ -312,6 +313,37 @@ def test_an_older_copy_of_the_ledger_is_found_and_stops_the_site(books: Books, t
     assert any("older than the audit log" in problem for problem in verify(books.log).problems)
     with pytest.raises(StorageError, match="older than the audit log"):
         books.train(3)
+
+
+@pytest.mark.parametrize(
+    ("events", "possible"),
+    [
+        ([], True),
+        (["asked"], True),
+        (["released"], True),
+        (["asked", "reserved"], True),
+        (["recovered", "asked", "recovered", "reserved"], True),
+        (["reserved", "released"], False),
+        (["reserved", "asked"], False),
+        (["asked", "reserved", "released"], False),
+    ],
+    ids=str,
+)
+def test_a_crash_leaves_one_line_or_a_question_and_its_answer(events: list[str], possible: bool) -> None:
+    entries = tuple(Entry(n, "", "", event, {}, 0, Head()) for n, event in enumerate(events))
+    assert may_be_unconfirmed(entries) is possible
+
+
+def test_a_line_ahead_of_the_ledger_that_is_not_the_chains_next_stops_the_site(books: Books) -> None:
+    """One line ahead is what a crash leaves, but not one that follows another line than the last."""
+    books.train(1)
+    head = books.ledger.audit_head()
+    assert head is not None
+    forged = encode(replace(head, sha256="0" * 64), "2026-11-28T00:00:00.000+00:00", "asked", {})
+    with books.log_path.open("ab") as log:
+        log.write(forged)
+    with pytest.raises(StorageError, match="older than the audit log"):
+        books.train(2)
 
 
 def test_a_missing_log_and_a_new_ledger_stop_the_site(books: Books) -> None:
